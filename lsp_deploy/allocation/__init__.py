@@ -1,0 +1,1 @@
+"""Decisions: how much each layer is compressed, within budgets, and why."""

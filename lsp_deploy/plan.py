@@ -1,0 +1,156 @@
+"""The plan: what was decided for every linear layer, and why. The one thing that passes read.
+
+`plan.json` holds decisions, reasons and hashes: diffable, editable by hand. `plan.safetensors` beside it holds
+what the decisions need to be carried out again without calibration data: masks and weight scales.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from lsp_deploy.errors import UserError
+from lsp_deploy.files import atomic_path, sha256_of, write_text
+
+__all__ = ["LayerPlan", "Pattern", "Plan", "PrecisionDecision", "SparsityDecision", "load_plan", "save_plan"]
+
+Pattern = Literal["dense", "2:4", "block"]
+FORMAT = "lsp-deploy.plan.v1"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SparsityDecision(_Strict):
+    """Which zeros a layer's weight gets."""
+
+    asked: str = Field(description="what the recipe asked for: auto, none, 2:4 or block")
+    pattern: Pattern = "dense"
+    zeros: float = Field(0.0, ge=0, le=1, description="fraction of the weight's entries that the pattern makes zero")
+    method: str | None = Field(None, description="score the mask was chosen by, e.g. magnitude or activation")
+    reason: str = Field(description="why this and not more, in words for the report")
+
+
+class PrecisionDecision(_Strict):
+    """Which element type a layer computes in."""
+
+    asked: str = Field(description="what the recipe asked for: auto, fp32, fp16, bf16 or int8")
+    dtype: Literal["fp32", "fp16", "bf16", "int8"]
+    activation_scale: float | None = Field(None, gt=0, description="int8: scale of the layer's input, one per tensor")
+    sqnr_db: float | None = Field(None, description="measured signal to quantization noise of the layer's output, dB")
+    reason: str
+
+
+class LayerPlan(_Strict):
+    """The decisions for one linear layer; `name` is its node's name in the canonical graph."""
+
+    name: str
+    role: str
+    block: int | None = Field(None, description="index of the transformer block, from 0")
+    K: int
+    N: int
+    M: int = Field(description="rows of the layer's input at the opt shapes")
+    sparsity: SparsityDecision
+    precision: PrecisionDecision
+
+    @property
+    def flops(self) -> int:
+        """Dense FLOPs at the opt shapes: 2·M·K·N."""
+        return 2 * self.M * self.K * self.N
+
+
+class Plan(_Strict):
+    """All decisions about one model for one target."""
+
+    format: Literal["lsp-deploy.plan.v1"] = FORMAT
+    tool_version: str
+    model_sha256: str = Field(description="of the input model's file")
+    target: str
+    compute_type: Literal["fp32", "fp16", "bf16"] = Field(description="what everything not quantized computes in")
+    opset: int = Field(description="default-domain opset of the model that the plan gives")
+    io_types: Literal["keep", "target"] = "keep"
+    block_shape: tuple[int, int] | None = Field(None, description="block_k × block_n, where pattern is block")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="the recipe as replayed by --recipe")
+    layers: list[LayerPlan]
+    tensors_sha256: str | None = Field(None, description="of plan.safetensors")
+
+    _masks: dict[str, NDArray[np.bool_]] = PrivateAttr(default_factory=dict)
+    _weight_scales: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
+
+    @property
+    def masks(self) -> dict[str, NDArray[np.bool_]]:
+        """By layer name: bool [K, N], True where the weight survives. Dense layers have none."""
+        return self._masks
+
+    @property
+    def weight_scales(self) -> dict[str, NDArray[np.float32]]:
+        """By layer name: float32 [N], symmetric int8 scale of each output column. Layers not quantized have none."""
+        return self._weight_scales
+
+    def layer(self, name: str) -> LayerPlan:
+        """Return the plan of one layer; KeyError if it has none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` to `path` (plan.json) and its tensors to plan.safetensors beside it, atomically."""
+    from safetensors.numpy import save
+
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, mask in plan.masks.items():
+        tensors[f"{name}.mask"] = np.packbits(mask, axis=None)
+    for name, scale in plan.weight_scales.items():
+        tensors[f"{name}.weight_scale"] = np.ascontiguousarray(scale)
+    with atomic_path(path.with_suffix(".safetensors")) as temporary:
+        temporary.write_bytes(save(tensors))
+        plan.tensors_sha256 = sha256_of(temporary)
+    write_text(path, plan.model_dump_json(indent=1) + "\n")
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan and, where it is still there, its plan.safetensors.
+
+    Raises:
+        UserError: not a plan of this tool, or tensors that do not belong to it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        plan = Plan.model_validate_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read plan {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"plan {path} is not a text file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise UserError(f"plan {path} is not valid at {where}: {first['msg']}") from error
+    tensors_path = path.with_suffix(".safetensors")
+    if not tensors_path.exists():
+        return plan
+    try:
+        tensors = load_file(tensors_path)
+        for layer in plan.layers:
+            if (bits := tensors.get(f"{layer.name}.mask")) is not None:
+                mask = np.unpackbits(bits, count=layer.K * layer.N).astype(bool).reshape(layer.K, layer.N)
+                plan.masks[layer.name] = mask
+            if (scale := tensors.get(f"{layer.name}.weight_scale")) is not None:
+                plan.weight_scales[layer.name] = scale.astype(np.float32).reshape(layer.N)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{tensors_path} does not belong to {path.name}: {error}") from error
+    return plan
+
+
+def plan_schema() -> str:
+    """Return the JSON schema of plan.json."""
+    return json.dumps(Plan.model_json_schema(), indent=1) + "\n"

@@ -1,0 +1,1 @@
+"""Graph passes: ONNX to ONNX, one rewrite a file. No analysis, no decisions, no I/O."""

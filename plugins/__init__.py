@@ -1,0 +1,1 @@
+"""The block-sparse operator: one definition for ONNX Runtime and TensorRT."""
