@@ -1,4 +1,4 @@
-"""lsp-deploy: a vision transformer in ONNX goes in; a smaller, faster model, an engine and a measured account come out."""
+"""A vision transformer in ONNX goes in; a smaller, faster model, an engine and a measured account come out."""
 
 from __future__ import annotations
 

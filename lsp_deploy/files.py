@@ -21,7 +21,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
     """
-    handle, name = -1, ""
+    temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
         os.close(handle)
@@ -34,8 +34,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; choose another -o folder") from error
     finally:
-        if name and os.path.exists(name):
-            os.unlink(name)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(target: Path, content: bytes) -> None:

@@ -20,7 +20,6 @@ from lsp_deploy.files import atomic_path, sha256_of, write_text
 __all__ = ["LayerPlan", "Pattern", "Plan", "PrecisionDecision", "SparsityDecision", "load_plan", "save_plan"]
 
 Pattern = Literal["dense", "2:4", "block"]
-FORMAT = "lsp-deploy.plan.v1"
 
 
 class _Strict(BaseModel):
@@ -68,7 +67,7 @@ class LayerPlan(_Strict):
 class Plan(_Strict):
     """All decisions about one model for one target."""
 
-    format: Literal["lsp-deploy.plan.v1"] = FORMAT
+    format: Literal["lsp-deploy.plan.v1"] = "lsp-deploy.plan.v1"
     tool_version: str
     model_sha256: str = Field(description="of the input model's file")
     target: str

@@ -1,0 +1,162 @@
+"""What flows into every linear layer, gathered in one pass over the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lsp_deploy import console
+
+if TYPE_CHECKING:
+    from lsp_deploy.data import Dataset
+    from lsp_deploy.engines.protocol import Engine
+    from lsp_deploy.linear_layers import LinearLayer
+
+__all__ = ["ActivationStatistics", "Histogram", "collect_activations"]
+
+# |x| is binned by the upper bits of its float32 pattern: sign 0, 8 bits of exponent, 8 of mantissa. Bins are fixed
+# (0.4 % wide), so the histogram does not depend on the order or the size of the batches, and no range is needed.
+_DROPPED_BITS = 15
+_BINS = 1 << (31 - _DROPPED_BITS)
+
+
+@dataclass
+class Histogram:
+    """Counts of |x| over fixed, logarithmic bins; the same whatever the batch size."""
+
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
+    maximum: float = 0.0
+
+    def add(self, values: NDArray[np.float32]) -> None:
+        """Count every entry of `values` (any shape)."""
+        patterns = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+        bins = (patterns & np.uint32(0x7FFFFFFF)) >> np.uint32(_DROPPED_BITS)
+        self.counts += np.bincount(bins, minlength=_BINS)
+        self.maximum = max(self.maximum, float(np.abs(values).max(initial=0.0)))
+
+    def percentile(self, percent: float) -> float:
+        """Return the smallest bin centre that `percent` of all |x| do not exceed; the exact maximum at 100."""
+        if percent >= 100:
+            return self.maximum
+        total = int(self.counts.sum())
+        index = int(np.searchsorted(np.cumsum(self.counts), np.ceil(total * percent / 100)))
+        return min(float(_centres()[index]), self.maximum)
+
+    def quantization_error(self, scale: float) -> float:
+        """Return the mean squared error of symmetric int8 with `scale`, rounding and clipping, over all counts."""
+        used = np.flatnonzero(self.counts)
+        centres = np.minimum(_centres()[used], self.maximum)
+        error = np.clip(np.rint(centres / scale), None, 127) * scale - centres
+        return float(np.average(error**2, weights=self.counts[used]))
+
+
+@dataclass
+class ActivationStatistics:
+    """Statistics of one tensor x [rows, K] that feeds one or more linear layers."""
+
+    histogram: Histogram
+    square_sum: NDArray[np.float64]
+    """[K]: sum of x² over all rows, per input channel."""
+    rows: NDArray[np.float32]
+    """[R, K]: rows evenly spread over the calibration data, to measure a layer's error on."""
+    count: int = 0
+
+    @property
+    def channel_norm(self) -> NDArray[np.float32]:
+        """[K]: root mean square of each input channel, the ‖x‖ of |W|·‖x‖."""
+        return np.sqrt(self.square_sum / max(self.count, 1)).astype(np.float32)
+
+
+def collect_activations(
+    engine: Engine,
+    layers: Sequence[LinearLayer],
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    rows: int = 256,
+) -> dict[str, ActivationStatistics]:
+    """Run `dataset` through `engine` and gather statistics of every layer's input.
+
+    Args:
+        engine: gives each layer's `x` (by value name) as an output.
+        layers: the linear layers; those that read the same tensor share one entry.
+        dataset: calibration data.
+        batch_size: samples a run.
+        rows: sampled rows to keep of each input.
+
+    Returns:
+        Statistics by the name of the input value (`layer.x.name`).
+
+    Raises:
+        UserError: an input of a layer is NaN or infinite.
+    """
+    by_input = {str(layer.x.name): layer for layer in layers}
+    result: dict[str, ActivationStatistics] = {}
+    with console.progress("calibrating", len(dataset)) as advance:
+        done = 0
+        for feeds in dataset.batches(batch_size):
+            outputs = engine.run(feeds)
+            size = min(batch_size, len(dataset) - done)
+            for name, layer in by_input.items():
+                _add(result, name, as_rows(outputs[name], layer), size, len(dataset), done, rows)
+            done += size
+            advance(size)
+    return result
+
+
+def as_rows(value: NDArray[Any], layer: LinearLayer) -> NDArray[np.float32]:
+    """Return a layer's input as rows x [M, K]; the patches of a patch-embedding Conv become rows."""
+    if layer.node.op_type == "Conv":
+        return _patches(value, layer)
+    if layer.node.op_type == "Gemm" and layer.node.attributes.get_int("transA", 0):
+        value = value.T
+    return np.ascontiguousarray(value, np.float32).reshape(-1, layer.K)
+
+
+def input_statistics(layer: LinearLayer, statistics: Mapping[str, ActivationStatistics]) -> ActivationStatistics:
+    """Return the statistics of the tensor that `layer` reads."""
+    return statistics[str(layer.x.name)]
+
+
+def _add(
+    result: dict[str, ActivationStatistics],
+    name: str,
+    x: NDArray[np.float32],
+    samples: int,
+    total_samples: int,
+    done: int,
+    rows: int,
+) -> None:
+    from lsp_deploy.errors import UserError
+
+    if not np.isfinite(x).all():
+        raise UserError(f"calibration gives NaN or infinity in {name}; check the images, --preprocess and the model")
+    if name not in result:
+        result[name] = ActivationStatistics(Histogram(), np.zeros(x.shape[1]), np.empty((0, x.shape[1]), np.float32))
+    entry = result[name]
+    entry.histogram.add(x)
+    entry.square_sum += np.square(x, dtype=np.float64).sum(axis=0)
+    entry.count += len(x)
+    # The share of rows that this batch contributes, so that the sample is spread evenly and bounded.
+    wanted = (done + samples) * rows // total_samples - len(entry.rows)
+    if wanted > 0:
+        picked = np.linspace(0, len(x) - 1, min(wanted, len(x))).round().astype(int)
+        entry.rows = np.concatenate([entry.rows, x[picked]])
+
+
+def _patches(image: NDArray[Any], layer: LinearLayer) -> NDArray[np.float32]:
+    batch, channels, height, width = image.shape
+    kernel_h, kernel_w = layer.node.attributes.get_ints("kernel_shape")
+    image = image[:, :, : height // kernel_h * kernel_h, : width // kernel_w * kernel_w]
+    tiles = image.reshape(batch, channels, height // kernel_h, kernel_h, width // kernel_w, kernel_w)
+    return np.ascontiguousarray(tiles.transpose(0, 2, 4, 1, 3, 5), np.float32).reshape(-1, layer.K)
+
+
+def _centres() -> NDArray[np.float64]:
+    patterns = (np.arange(_BINS, dtype=np.uint32) << np.uint32(_DROPPED_BITS)) + np.uint32(1 << (_DROPPED_BITS - 1))
+    patterns[0] = 0
+    return patterns.view(np.float32).astype(np.float64)

@@ -1,0 +1,52 @@
+"""Scales for symmetric int8, and what rounding to them does to a layer's output."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lsp_deploy.sensitivity.activations import Histogram
+
+__all__ = ["activation_scale", "fake_quantize", "output_sqnr_db", "weight_scale"]
+
+# 100 keeps the largest value; the others clip the rare outliers that would coarsen the grid for everything else.
+PERCENTILES = (100.0, 99.9999, 99.999, 99.99, 99.9)
+_SMALLEST_SCALE = 1e-6  # a tensor of zeros still needs a scale, and one that float16 can hold
+
+
+def activation_scale(histogram: Histogram) -> float:
+    """Return a tensor's int8 scale: the percentile of |x| with the least mean squared error, over 127.
+
+    Rounded to float16, so that the same scale serves every compute type.
+    """
+    candidates = [max(histogram.percentile(percent) / 127, _SMALLEST_SCALE) for percent in PERCENTILES]
+    return float(np.float16(min(candidates, key=histogram.quantization_error)))
+
+
+def weight_scale(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return symmetric int8 scales [N] of a weight [K, N], one per output column: max|W| / 127, rounded to float16."""
+    scale = np.maximum(np.abs(weight).max(axis=0) / 127, _SMALLEST_SCALE).astype(np.float16)
+    # Rounding down would clip the column's largest weight by more than half a step.
+    return np.maximum(scale, np.float16(_SMALLEST_SCALE)).astype(np.float32)
+
+
+def fake_quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[np.float32]:
+    """Round `values` to symmetric int8 with `scale` (broadcast) and back; zero stays zero."""
+    quantized = np.clip(np.rint(values / np.float32(scale)), -127, 127)
+    return np.asarray(quantized * np.float32(scale), np.float32)
+
+
+def output_sqnr_db(rows: NDArray[np.float32], weight: NDArray[np.float32], changed: NDArray[np.float32]) -> float:
+    """Return the signal to noise ratio, in dB, of `changed` output against rows @ weight.
+
+    Args:
+        rows: x [R, K].
+        weight: W [K, N].
+        changed: the same layer's output [R, N] after the change.
+    """
+    signal = rows @ weight
+    noise = float(np.square(signal - changed, dtype=np.float64).sum())
+    power = float(np.square(signal, dtype=np.float64).sum())
+    if noise == 0:
+        return float("inf") if power else 0.0
+    return float(10 * np.log10(max(power, 1e-30) / noise))
