@@ -92,6 +92,13 @@ class Plan(_Strict):
         """By layer name: float32 [N], symmetric int8 scale of each output column. Layers not quantized have none."""
         return self._weight_scales
 
+    def branch(self) -> Plan:
+        """Return a copy whose decisions can be changed freely; the arrays are shared."""
+        copy = self.model_copy(update={"layers": [layer.model_copy(deep=True) for layer in self.layers]})
+        copy._masks = dict(self._masks)
+        copy._weight_scales = dict(self._weight_scales)
+        return copy
+
     def layer(self, name: str) -> LayerPlan:
         """Return the plan of one layer; KeyError if it has none."""
         for layer in self.layers:

@@ -22,7 +22,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["BLOCK_SHAPES", "FOUND_RECIPE", "PATH_KEYS", "Recipe", "merge_recipe", "read_recipe_file", "save_recipe"]
+__all__ = [
+    "BLOCK_SHAPES",
+    "FOUND_RECIPE",
+    "PATH_KEYS",
+    "Recipe",
+    "merge_recipe",
+    "read_recipe_file",
+    "save_recipe_file",
+]
 
 FOUND_RECIPE = "lsp-deploy.toml"
 BLOCK_SHAPES = ("16x16", "16x32", "32x16", "32x32", "32x64", "64x32", "64x64")
@@ -248,7 +256,7 @@ def read_recipe_file(path: Path, *, own_folder_only: bool) -> dict[str, Any]:
     return values
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
+def save_recipe_file(recipe: Recipe, path: Path) -> None:
     """Write the keys that were given to `path` as TOML, paths made absolute; `--recipe` replays it."""
     import tomli_w
 

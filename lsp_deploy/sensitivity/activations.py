@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsp_deploy import console
+from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from lsp_deploy.data import Dataset
@@ -21,7 +22,7 @@ __all__ = ["ActivationStatistics", "Histogram", "collect_activations"]
 # |x| is binned by the upper bits of its float32 pattern: sign 0, 8 bits of exponent, 8 of mantissa. Bins are fixed
 # (0.4 % wide), so the histogram does not depend on the order or the size of the batches, and no range is needed.
 _DROPPED_BITS = 15
-_BINS = 1 << (31 - _DROPPED_BITS)
+_BINS = 0x7F800000 >> _DROPPED_BITS  # every finite pattern lies below that of infinity
 
 
 @dataclass
@@ -117,11 +118,6 @@ def as_rows(value: NDArray[Any], layer: LinearLayer) -> NDArray[np.float32]:
     return np.ascontiguousarray(value, np.float32).reshape(-1, layer.K)
 
 
-def input_statistics(layer: LinearLayer, statistics: Mapping[str, ActivationStatistics]) -> ActivationStatistics:
-    """Return the statistics of the tensor that `layer` reads."""
-    return statistics[str(layer.x.name)]
-
-
 def _add(
     result: dict[str, ActivationStatistics],
     name: str,
@@ -131,8 +127,6 @@ def _add(
     done: int,
     rows: int,
 ) -> None:
-    from lsp_deploy.errors import UserError
-
     if not np.isfinite(x).all():
         raise UserError(f"calibration gives NaN or infinity in {name}; check the images, --preprocess and the model")
     if name not in result:

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lsp_deploy.sensitivity.activations import Histogram
 
-__all__ = ["activation_scale", "fake_quantize", "output_sqnr_db", "weight_scale"]
+__all__ = ["activation_scale", "fake_quantize", "output_sqnr_db", "round_scale", "weight_scale"]
+
+ComputeType = Literal["fp32", "fp16", "bf16"]
 
 # 100 keeps the largest value; the others clip the rare outliers that would coarsen the grid for everything else.
 PERCENTILES = (100.0, 99.9999, 99.999, 99.99, 99.9)
 _SMALLEST_SCALE = 1e-6  # a tensor of zeros still needs a scale, and one that float16 can hold
 
 
-def activation_scale(histogram: Histogram) -> float:
+def activation_scale(histogram: Histogram, compute_type: ComputeType) -> float:
     """Return a tensor's int8 scale: the percentile of |x| with the least mean squared error, over 127.
 
-    Rounded to float16, so that the same scale serves every compute type.
+    The scale is one that `compute_type` holds exactly, since the file stores it in that type.
     """
-    candidates = [max(histogram.percentile(percent) / 127, _SMALLEST_SCALE) for percent in PERCENTILES]
-    return float(np.float16(min(candidates, key=histogram.quantization_error)))
+    candidates = np.array([histogram.percentile(percent) / 127 for percent in PERCENTILES], np.float32)
+    return float(min(round_scale(candidates, compute_type), key=histogram.quantization_error))
 
 
-def weight_scale(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return symmetric int8 scales [N] of a weight [K, N], one per output column: max|W| / 127, rounded to float16."""
-    scale = np.maximum(np.abs(weight).max(axis=0) / 127, _SMALLEST_SCALE).astype(np.float16)
-    # Rounding down would clip the column's largest weight by more than half a step.
-    return np.maximum(scale, np.float16(_SMALLEST_SCALE)).astype(np.float32)
+def weight_scale(weight: NDArray[np.float32], compute_type: ComputeType) -> NDArray[np.float32]:
+    """Return symmetric int8 scales [N] of a weight [K, N], one per output column: max|W| / 127."""
+    return round_scale(np.abs(weight).max(axis=0) / 127, compute_type)
+
+
+def round_scale(scale: NDArray[np.float32], compute_type: ComputeType) -> NDArray[np.float32]:
+    """Round scales up to the next value that `compute_type` holds, so that the largest value is never clipped."""
+    import ml_dtypes
+
+    scale = np.maximum(scale, _SMALLEST_SCALE).astype(np.float32)
+    if compute_type == "fp32":
+        return scale
+    dtype = np.float16 if compute_type == "fp16" else ml_dtypes.bfloat16
+    rounded = scale.astype(dtype)
+    above = np.nextafter(rounded, np.array(np.inf, dtype))
+    return np.where(rounded.astype(np.float32) < scale, above, rounded).astype(np.float32)
 
 
 def fake_quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[np.float32]:

@@ -1,0 +1,48 @@
+"""A plan carried out: the passes that turn the canonical model into the compressed one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lsp_deploy.plan import Plan
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["apply_decisions", "apply_plan"]
+
+
+def apply_plan(model: ir.Model, plan: Plan, original_io: Mapping[str, ir.DataType]) -> ir.Model:
+    """Return the compressed model: masks, Q/DQ, the plan's compute type, the inputs and outputs asked for.
+
+    Args:
+        model: canonical, float32; it is not changed.
+        plan: the decisions.
+        original_io: element types of the user's floating-point inputs and outputs, by name.
+    """
+    import onnx_ir as ir
+
+    from lsp_deploy.passes.cast_compute_type import CastComputeTypePass
+    from lsp_deploy.passes.set_io_types import SetIoTypesPass
+
+    compressed = apply_decisions(model, plan)
+    compute_type = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+    if plan.compute_type != "fp32":
+        CastComputeTypePass(plan.compute_type, keep_io=False)(compressed)
+    wanted = dict(original_io)
+    if plan.io_types == "target":
+        wanted = dict.fromkeys(original_io, compute_type[plan.compute_type])
+    SetIoTypesPass(wanted)(compressed)
+    return compressed
+
+
+def apply_decisions(model: ir.Model, plan: Plan) -> ir.Model:
+    """Return a copy of the canonical float32 `model` with the plan's masks and Q/DQ, still computing in float32."""
+    from lsp_deploy.passes.apply_masks import ApplyMasksPass
+    from lsp_deploy.passes.insert_qdq import InsertQdqPass
+
+    compressed = model.clone()
+    ApplyMasksPass(plan)(compressed)
+    InsertQdqPass(plan)(compressed)
+    return compressed

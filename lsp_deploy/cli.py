@@ -1,0 +1,424 @@
+"""The command line: one verb, one short function; nothing but argument handling.
+
+Heavy modules are imported inside the verbs, so that `lsp-deploy --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect as signatures
+import json as json_format
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from lsp_deploy import __version__, console
+from lsp_deploy.errors import CheckFailedError, UserError
+from lsp_deploy.recipe import Recipe
+
+__all__ = ["app", "main"]
+
+DONE, CHECK_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="lsp-deploy",
+    help="Make a vision transformer in ONNX smaller and faster for a named device, and say what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Users come from tools that write --calibration_data and from tools that write --calibration-data.
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+
+ModelArgument = Annotated[Path, typer.Argument(help="ONNX file.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+ShapesOption = Annotated[str | None, typer.Option("--shapes", help="Input shapes, as x:1x3x224x224.")]
+
+
+class Exporter(str, Enum):
+    """PyTorch's two ways to ONNX."""
+
+    TORCHSCRIPT = "torchscript"
+    DYNAMO = "dynamo"
+
+
+def main() -> None:
+    """Run the command line and exit with 0 done, 1 check failed, 2 usage or bad input, 130 interrupted."""
+    import click
+
+    try:
+        # Not standalone: errors come here, so that each is one line.
+        result = typer.main.get_command(app).main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(USAGE)
+    except click.ClickException as error:
+        _fail(error.format_message(), USAGE)
+    except UserError as error:
+        _fail(str(error), USAGE)
+    except CheckFailedError as error:
+        _fail(str(error), CHECK_FAILED)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", INTERRUPTED)
+    sys.exit(result if isinstance(result, int) else DONE)
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"lsp-deploy {__version__}")
+        raise typer.Exit
+
+
+def _compress(
+    model: ModelArgument,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file with the flags' names as keys.")] = None,
+    save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Write the recipe to a TOML file.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", help="Carry out a plan.json instead of deciding.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Output folder.  [default: ./<model stem>-<target>/]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    no_build: Annotated[bool, typer.Option("--no-build", help="Build no engine.")] = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace another recipe's result in the folder.")] = False,
+    json: JsonOption = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Prune and quantize MODEL for a target, build its engine, measure both, and write a report."""
+    from lsp_deploy.compress import RunOptions, check_replay_flags, compress
+    from lsp_deploy.compress import dry_run as plan_only
+    from lsp_deploy.recipe import merge_recipe, save_recipe_file
+    from lsp_deploy.reporting.summary import plan_table
+
+    console.configure(json=json)
+    if plan is not None:
+        check_replay_flags(flags)
+    merged = merge_recipe(flags, recipe, model)
+    if save_recipe is not None:
+        save_recipe_file(merged, save_recipe)
+    options = RunOptions(output, not no_build, jobs or available_cores(), force, plan, shlex.join(sys.argv[1:]))
+    if dry_run:
+        decided = plan_only(model, merged, options)
+        if json:
+            _print_json(decided.model_dump(mode="json"))
+        else:
+            console.show(plan_table(decided))
+        return
+    outcome = compress(model, merged, options)
+    if json:
+        _print_json(outcome.report.model_dump(mode="json"))
+    for failure in outcome.failures:
+        console.warn(failure)
+    if outcome.failures:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to work in.")] = Path("lsp-deploy-demo"),
+    copy_only: Annotated[
+        bool, typer.Option("--copy-only", help="Copy model, data and recipe; do not compress.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Compress the embedded model, a small vision transformer for handwritten digits, for an A100."""
+    from lsp_deploy.compress import RunOptions, compress
+    from lsp_deploy.demo import copy_demo
+    from lsp_deploy.recipe import merge_recipe
+
+    console.configure(json=json)
+    model = copy_demo(output)
+    command = f"compress {model} --target a100"
+    console.say(f"copied the demo to {output}; the command is: lsp-deploy {command}")
+    if copy_only:
+        if json:
+            _print_json({"model": str(model)})
+        return
+    options = RunOptions(output=output / f"{model.stem}-a100", threads=available_cores(), command=command)
+    outcome = compress(model, merge_recipe({"target": "a100"}, None, model), options)
+    if json:
+        _print_json(outcome.report.model_dump(mode="json"))
+    if outcome.failures:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def inspect(model: ModelArgument, shapes: ShapesOption = None, json: JsonOption = False) -> None:
+    """Show MODEL's linear layers, sparsity patterns, Q/DQ, sizes and FLOPs."""
+    from lsp_deploy.inspection import inspect_model, inspection_table
+
+    console.configure(json=json)
+    inspection = inspect_model(model, _shapes(shapes))
+    if json:
+        _print_json(inspection.to_json())
+    else:
+        for renderable in inspection_table(inspection):
+            console.show(renderable)
+
+
+@app.command()
+def profile(
+    model: ModelArgument,
+    target: Annotated[str, typer.Option("--target", help="Device to run on; here: cpu.")] = "cpu",
+    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeat for several.")] = None,
+    shapes: ShapesOption = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
+    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of measuring a batch size.")] = 3.0,
+    warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Seconds of warm-up a batch size.")] = 0.5,
+    json: JsonOption = False,
+) -> None:
+    """Measure MODEL's latency and throughput on this machine."""
+    from lsp_deploy.comparing import profile_model, profile_table
+
+    console.configure(json=json)
+    result = profile_model(
+        model,
+        target,
+        batches=batch,
+        shapes=_shapes(shapes),
+        threads=jobs or available_cores(),
+        duration=duration,
+        warm_up=warm_up,
+    )
+    if json:
+        _print_json([one.model_dump(mode="json") for one in result])
+    else:
+        console.show(profile_table(result))
+
+
+@app.command()
+def compare(
+    dense: Annotated[Path, typer.Argument(help="ONNX file to compare with.", show_default=False)],
+    compressed: Annotated[Path, typer.Argument(help="ONNX file to judge.", show_default=False)],
+    data: Annotated[
+        str, typer.Option("--data", help="Images or arrays to compare on; or synthetic, random.")
+    ] = "synthetic",
+    labels: Annotated[str | None, typer.Option("--labels", help="CSV with filename,class_index.")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Column instead of class_index.")] = None,
+    preprocess: Annotated[str | None, typer.Option("--preprocess", help="Preset or TOML file.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images to use.  [default: all]")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Batch size to time.  [default: 1, 8]")
+    ] = None,
+    shapes: ShapesOption = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also measure the SQNR of every linear layer.")] = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare two models: fidelity on the same images, latency in alternating blocks of one run."""
+    from lsp_deploy.comparing import compare_models, comparison_tables
+
+    console.configure(json=json)
+    result = compare_models(
+        dense,
+        compressed,
+        data=data,
+        labels=labels,
+        label_column=label_column,
+        preprocess=preprocess,
+        samples=samples,
+        batches=batch,
+        shapes=_shapes(shapes),
+        layers=layers,
+        threads=jobs or available_cores(),
+    )
+    if json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        for table in comparison_tables(result):
+            console.show(table)
+
+
+@app.command()
+def lower(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
+    json: JsonOption = False,
+) -> None:
+    """Turn MODEL back into stock ONNX operators."""
+    from lsp_deploy.lowering import lower_model
+
+    console.configure(json=json)
+    replaced = lower_model(model, output)
+    console.say(f"{output}: {replaced} operators of ours replaced by stock ONNX operators")
+    if json:
+        _print_json({"output": str(output), "replaced": replaced})
+
+
+@app.command()
+def export(
+    spec: Annotated[
+        str, typer.Argument(help="timm:NAME, for example timm:deit_small_patch16_224.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Download trained weights.")] = False,
+    opset: Annotated[int, typer.Option("--opset", min=13, max=23, help="ONNX opset.")] = 17,
+    image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Pixels a side.")] = None,
+    num_classes: Annotated[int | None, typer.Option("--num-classes", min=1, help="Classes of the head.")] = None,
+    exporter: Annotated[Exporter, typer.Option("--exporter", help="PyTorch's exporter.")] = Exporter.TORCHSCRIPT,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of random weights.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Export a timm classifier to ONNX, with its preprocessing in the file's metadata."""
+    from lsp_deploy.export import export_model
+
+    console.configure(json=json)
+    result = export_model(
+        spec,
+        output,
+        pretrained=pretrained,
+        opset=opset,
+        image_size=image_size,
+        num_classes=num_classes,
+        exporter=exporter.value,
+        seed=seed,
+    )
+    console.say(f"{result.path}: {result.name}, opset {result.opset}, {result.parameters:,} parameters")
+    if json:
+        _print_json(result.to_json())
+
+
+targets_app = typer.Typer(help="List the targets, or show one.", invoke_without_command=True)
+app.add_typer(targets_app, name="targets")
+
+
+@targets_app.callback()
+def targets(context: typer.Context, json: JsonOption = False) -> None:
+    """List the targets, or show one."""
+    from lsp_deploy.hardware.target import list_targets, target_table
+
+    if context.invoked_subcommand is not None:
+        return
+    console.configure(json=json)
+    if json:
+        _print_json({"targets": [target.model_dump(mode="json") for target in list_targets()]})
+    else:
+        console.show(target_table(list_targets()))
+
+
+@targets_app.command("show")
+def targets_show(
+    name: Annotated[str, typer.Argument(help="Name, alias or TOML file.", show_default=False)], json: JsonOption = False
+) -> None:
+    """Show one target: types, peaks, bandwidth, from which zeros a layer pays, and the sources."""
+    from lsp_deploy.hardware.target import load_target, target_details
+
+    console.configure(json=json)
+    target = load_target(name)
+    if json:
+        _print_json(target.model_dump(mode="json"))
+    else:
+        console.show(target_details(target))
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Say which runtimes, GPUs, compilers and power meters are usable here, and what to install for the rest."""
+    from lsp_deploy.doctor import diagnose, diagnosis_table
+
+    console.configure(json=json)
+    diagnosis = diagnose()
+    if json:
+        _print_json(diagnosis.model_dump(mode="json"))
+    else:
+        console.show(diagnosis_table(diagnosis))
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _shapes(text: str | None) -> dict[str, tuple[int, ...]] | None:
+    from lsp_deploy.recipe import parse_shapes
+
+    if text is None:
+        return None
+    try:
+        return parse_shapes(text)
+    except ValueError as error:
+        raise UserError(f"--shapes {error}") from error
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}" if code != INTERRUPTED else message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_json(value: Any) -> None:
+    print(json_format.dumps(value, indent=1))
+
+
+def _with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb one flag for every field of `Recipe`; it receives those that were typed as `flags`."""
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name], kind=signatures.Parameter.KEYWORD_ONLY)
+        for name, parameter in signatures.signature(command).parameters.items()
+        if name != "flags"
+    ]
+    flags: list[signatures.Parameter] = []
+    for name, field in Recipe.model_fields.items():
+        kind = {float: float, int: int}.get(_scalar_type(field.annotation), str)
+        default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
+        choices = _choices(field.annotation)
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=f"{field.description}{default}",
+            metavar="|".join(choices) if choices else _METAVARS.get(name),
+            show_default=False,
+        )
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        flags.append(signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+
+    def verb(**arguments: Any) -> None:
+        typed = {name: arguments.pop(name) for name in Recipe.model_fields}
+        command(**arguments, flags=typed)
+
+    parameters = [own[0], *flags, *own[1:]]
+    verb.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    verb.__name__, verb.__doc__ = command.__name__, command.__doc__
+    return verb
+
+
+_METAVARS = {
+    "target": "NAME|FILE",
+    "block": "KxN",
+    "flops": "FRACTION",
+    "max_drop": "POINTS",
+    "calibration_data": "PATH|synthetic|random",
+    "labels": "CSV",
+    "label_column": "NAME",
+    "eval_data": "PATH",
+    "eval_labels": "CSV",
+    "samples": "N",
+    "preprocess": "PRESET|FILE",
+    "min_shapes": "SHAPES",
+    "opt_shapes": "SHAPES",
+    "max_shapes": "SHAPES",
+    "seed": "N",
+}
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [str(value) for value in getattr(annotation, "__args__", ()) if isinstance(value, str)]
+
+
+def _scalar_type(annotation: Any) -> type:
+    members = [annotation, *getattr(annotation, "__args__", ())]
+    return float if float in members else int if int in members else str
+
+
+app.command("compress")(_with_recipe_flags(_compress))

@@ -1,0 +1,181 @@
+"""The pipeline, top to bottom: load, analyse, decide, apply, build, measure, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsp_deploy import console
+from lsp_deploy.errors import UserError
+from lsp_deploy.plan import Plan, load_plan, save_plan
+from lsp_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lsp_deploy.calibration import CalibrationData
+    from lsp_deploy.evaluation import Evaluator
+    from lsp_deploy.hardware.target import Target
+    from lsp_deploy.preparation import PreparedModel
+    from lsp_deploy.reporting.report import Report
+
+__all__ = ["Outcome", "RunOptions", "compress", "dry_run"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes about its work; nothing here changes the compressed model."""
+
+    output: Path | None = None
+    build: bool = True
+    threads: int = 1
+    force: bool = False
+    plan: Path | None = None
+    command: str = ""
+
+
+@dataclass
+class Outcome:
+    """What a run gives back: the report, where the files are, and the checks that were not met."""
+
+    report: Report
+    plan: Plan
+    output: Path
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Stages:
+    """Wall-clock seconds of each stage, for the report."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+
+
+def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
+    """Compress `model` as `recipe` says and write model, plan, engine and report into the output folder.
+
+    Raises:
+        UserError: input that cannot be worked with; nothing is left half-written.
+    """
+    from lsp_deploy.apply import apply_plan
+    from lsp_deploy.building import build_engine
+    from lsp_deploy.hardware.target import load_target
+    from lsp_deploy.measuring import measure
+    from lsp_deploy.model import save_model
+    from lsp_deploy.output_folder import OutputFolder
+    from lsp_deploy.passes.validate_target import ValidateTargetPass
+    from lsp_deploy.preparation import prepare
+    from lsp_deploy.reporting.assemble import assemble
+
+    stages = _Stages()
+    target = load_target(recipe.target)
+    output = OutputFolder.open(options.output or default_output(model, target), model, recipe, force=options.force)
+    with stages.time("load"):
+        prepared = prepare(model, recipe, target)
+    with stages.time("data"):
+        data = _data(prepared, recipe)
+    for note in data.notes:
+        console.say(note)
+    with stages.time("analyse and decide"):
+        evaluator = _evaluator(prepared, data, options)
+        plan = _plan(prepared, data, evaluator, recipe, target, options)
+    with stages.time("apply"):
+        compressed = apply_plan(prepared.canonical, plan, prepared.original_io)
+        ValidateTargetPass(target.rules())(compressed)
+    with stages.time("write"):
+        save_model(compressed, output.model)
+        save_plan(plan, output.plan)
+    with stages.time("build"):
+        built = build_engine(output, target, plan, prepared.shapes, options)
+    with stages.time("measure"):
+        measured = measure(prepared, compressed, evaluator, options.threads)
+    report = assemble(prepared, data, plan, target, recipe, built, measured, stages.seconds, output, options.command)
+    output.write_report(report, plan)
+    return Outcome(report, plan, output.path, failures=[*built.failures, *_missed_budgets(report, recipe)])
+
+
+def dry_run(model: Path, recipe: Recipe, options: RunOptions) -> Plan:
+    """Return the plan that `compress` would carry out; writes nothing."""
+    from lsp_deploy.hardware.target import load_target
+    from lsp_deploy.preparation import prepare
+
+    target = load_target(recipe.target)
+    prepared = prepare(model, recipe, target)
+    data = _data(prepared, recipe)
+    for note in data.notes:
+        console.say(note)
+    return _plan(prepared, data, _evaluator(prepared, data, options), recipe, target, options)
+
+
+def default_output(model: Path, target: Target) -> Path:
+    """Return the folder that a run writes to when none is named: ./<model stem>-<target>."""
+    return Path(f"{model.stem}-{target.name}")
+
+
+def _data(prepared: PreparedModel, recipe: Recipe) -> CalibrationData:
+    from lsp_deploy.calibration import open_data
+
+    return open_data(prepared, recipe)
+
+
+def _evaluator(prepared: PreparedModel, data: CalibrationData, options: RunOptions) -> Evaluator:
+    from lsp_deploy.evaluation import Evaluator
+    from lsp_deploy.planning import batch_size
+
+    batch = batch_size(prepared)
+    return Evaluator(prepared.original, prepared.canonical, data.held_out, batch=batch, threads=options.threads)
+
+
+def _plan(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    evaluator: Evaluator,
+    recipe: Recipe,
+    target: Target,
+    options: RunOptions,
+) -> Plan:
+    from lsp_deploy.planning import make_plan, replay_plan
+
+    if options.plan is not None:
+        return replay_plan(load_plan(options.plan), prepared, target, options.plan)
+    return make_plan(prepared, data, evaluator, recipe, target, options.threads)
+
+
+def _missed_budgets(report: Report, recipe: Recipe) -> list[str]:
+    missed = []
+    budget = report.budget
+    if recipe.max_drop is not None and budget is not None and budget.met is False:
+        missed.append(
+            f"--max-drop {recipe.max_drop:g} was not met: {budget.drop_points:.2f} points lost ({budget.measure})"
+        )
+    if recipe.flops is not None:
+        left = (
+            report.flops.linear_remaining_fraction
+            if recipe.flops_of == "linear"
+            else report.flops.model_remaining_fraction
+        )
+        if left > recipe.flops * 1.005 + 1e-9:
+            missed.append(f"--flops {recipe.flops:g} was not met: {left:.3f} of the FLOPs remain")
+    return missed
+
+
+def check_replay_flags(recipe_flags: dict[str, object]) -> None:
+    """Refuse flags that a replayed plan would leave without effect.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    fixed = ("precision", "sparsity", "block", "flops", "flops_of", "samples", "seed", "recover", "io_types")
+    for name in fixed:
+        if recipe_flags.get(name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} and --plan contradict each other: the plan holds the decisions"
+            )

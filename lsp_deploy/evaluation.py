@@ -1,0 +1,88 @@
+"""What a plan costs in accuracy, measured on held-out images in ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from lsp_deploy.apply import apply_decisions
+from lsp_deploy.plan import Plan
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lsp_deploy.data import Dataset
+    from lsp_deploy.engines.fidelity import Fidelity
+
+__all__ = ["MEASURED_FROM", "Evaluator", "class_output"]
+
+# With fewer labelled images one answer more or less moves top-1 by more than 0.2 points.
+MEASURED_FROM = 500
+
+
+def class_output(model: ir.Model) -> str | None:
+    """Return the name of the output that holds class scores [batch, classes], or None."""
+    for output in model.graph.outputs:
+        if output.shape is not None and len(output.shape) == 2 and output.shape[1] != 1:
+            return str(output.name)
+    return None
+
+
+class Evaluator:
+    """Runs plans on the held-out images against the dense model's answers."""
+
+    def __init__(self, dense: ir.Model, canonical: ir.Model, held_out: Dataset, *, batch: int, threads: int) -> None:
+        """Take the user's model, its canonical float32 form and the images; runs the dense model once."""
+        self.canonical = canonical
+        self.held_out = held_out
+        self.batch = batch
+        self.threads = threads
+        self.output = class_output(dense) or str(dense.graph.outputs[0].name)
+        self.is_classifier = class_output(dense) is not None
+        self.dense_outputs = self.outputs_of(dense, "dense model on held-out images")
+
+    def outputs_of(self, model: ir.Model, description: str) -> NDArray[Any]:
+        """Return the compared output of `model` (its float32 twin) on the held-out images, [samples, ...]."""
+        from lsp_deploy.engines.fidelity import run_dataset
+        from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+
+        with OnnxRuntimeEngine.from_model(model, threads=self.threads, float32_twin=True) as engine:
+            return run_dataset(engine, self.held_out, self.batch, self.output, description=description)
+
+    def fidelity(self, model: ir.Model, description: str = "compressed model on held-out images") -> Fidelity:
+        """Compare `model` with the dense model on the held-out images."""
+        return self.compare(self.outputs_of(model, description))
+
+    def compare(self, outputs: NDArray[Any]) -> Fidelity:
+        """Compare outputs on the held-out images with the dense model's."""
+        from lsp_deploy.engines.fidelity import compare_outputs
+
+        return compare_outputs(self.dense_outputs, outputs, self.held_out.labels)
+
+    def loss(self, plan: Plan) -> float:
+        """Return the points of top-1 that `plan` loses, by the measure that the budget is about."""
+        return decisive_drop(self.fidelity(apply_decisions(self.canonical, plan), "trying a plan"))[0]
+
+    def decisive(self, fidelity: Fidelity) -> Mapping[str, Any]:
+        """Return which measure decides (`expected` or `measured`), its points and its interval."""
+        drop, which, low, high = decisive_drop(fidelity)
+        return {"points": drop, "measure": which, "low": low, "high": high}
+
+
+def decisive_drop(fidelity: Fidelity) -> tuple[float, str, float, float]:
+    """Return (points, measure, low, high): measured with labels and at least 500 images, else the expected loss."""
+    if fidelity.measured_drop_points is not None and fidelity.samples >= MEASURED_FROM:
+        return (
+            fidelity.measured_drop_points,
+            "measured",
+            fidelity.measured_drop_low_points,
+            fidelity.measured_drop_high_points,
+        )
+    return (
+        fidelity.expected_drop_points,
+        "expected",
+        fidelity.expected_drop_low_points,
+        fidelity.expected_drop_high_points,
+    )

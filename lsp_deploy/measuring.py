@@ -1,0 +1,49 @@
+"""The measurements of a run: dense against compressed, in ONNX Runtime on this host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lsp_deploy import console
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import onnx_ir as ir
+
+    from lsp_deploy.engines.fidelity import Fidelity
+    from lsp_deploy.engines.profiler import Profile
+    from lsp_deploy.evaluation import Evaluator
+    from lsp_deploy.preparation import PreparedModel
+
+__all__ = ["Measured", "measure"]
+
+
+@dataclass
+class Measured:
+    """What was measured on this host."""
+
+    fidelity: Fidelity
+    profiles: Mapping[str, Profile]
+
+
+def measure(prepared: PreparedModel, compressed: ir.Model, evaluator: Evaluator, threads: int) -> Measured:
+    """Compare the compressed model with the user's on the held-out images, and time both in alternating blocks.
+
+    A 16-bit model runs as its float32 twin: its time on this CPU says nothing about the target's.
+    """
+    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+    from lsp_deploy.engines.profiler import profile
+
+    fidelity = evaluator.fidelity(compressed)
+    batch = next(iter(prepared.shapes.min.values()))[0]
+    feeds = evaluator.held_out.feeds([index % len(evaluator.held_out) for index in range(batch)])
+    with (
+        console.progress("profiling dense and compressed on this CPU", 1) as advance,
+        OnnxRuntimeEngine.from_model(prepared.original, threads=threads, float32_twin=True) as dense,
+        OnnxRuntimeEngine.from_model(compressed, threads=threads, float32_twin=True) as small,
+    ):
+        profiles = profile({"dense": dense, "compressed": small}, feeds, threads=threads)
+        advance(1)
+    return Measured(fidelity, profiles)

@@ -1,0 +1,74 @@
+"""The folder that a run writes to: its names, and whose result may be replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsp_deploy.errors import UserError
+from lsp_deploy.files import sha256_of
+
+if TYPE_CHECKING:
+    from lsp_deploy.recipe import Recipe
+
+__all__ = ["OutputFolder"]
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where a run's files go."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """The compressed model."""
+        return self.path / "model.onnx"
+
+    @property
+    def plan(self) -> Path:
+        """The decisions; plan.safetensors lies beside it."""
+        return self.path / "plan.json"
+
+    def engine(self, backend: str, target: str) -> Path:
+        """Return the path of an engine; its sidecar has `.json` appended."""
+        return self.path / "engines" / f"{backend}-{target}.engine"
+
+    @classmethod
+    def open(cls, path: Path, model: Path, recipe: Recipe, *, force: bool) -> OutputFolder:
+        """Make the folder, or take one that is empty or holds the result of the same model and recipe.
+
+        Raises:
+            UserError: it cannot be written to, holds the input model, or holds another recipe's result.
+        """
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the output folder {path}: {error.strerror}; choose another with -o"
+            ) from error
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to the output folder {path}: permission denied; choose another with -o")
+        if folder.model.exists() and model.exists() and folder.model.samefile(model):
+            raise UserError(f"the output folder {path} holds the input model under model.onnx; choose another with -o")
+        if not force and any(path.iterdir()) and not folder._holds_result_of(model, recipe):
+            raise UserError(f"{path} holds something else than this recipe's result; choose another -o, or use --force")
+        return folder
+
+    def _holds_result_of(self, model: Path, recipe: Recipe) -> bool:
+        """Whether plan.json is of the same model and recipe; an interrupted first run left no plan and is resumed."""
+        if not self.plan.exists():
+            return all(entry.name in _OWN_NAMES for entry in self.path.iterdir())
+        try:
+            plan = json.loads(self.plan.read_text())
+        except (OSError, ValueError):
+            return False
+        same_recipe = isinstance(plan, dict) and plan.get("recipe") == recipe.typed()
+        return same_recipe and model.is_file() and plan.get("model_sha256") == sha256_of(model)
+
+
+_OWN_NAMES = frozenset({"model.onnx", "model.onnx.data", "plan.json", "plan.safetensors", "engines"})
