@@ -144,6 +144,8 @@ def load_plan(path: Path) -> Plan:
     tensors_path = path.with_suffix(".safetensors")
     if not tensors_path.exists():
         return plan
+    if plan.tensors_sha256 is not None and sha256_of(tensors_path) != plan.tensors_sha256:
+        raise UserError(f"{tensors_path} does not belong to {path.name}: its hash differs; restore it or remove it")
     try:
         tensors = load_file(tensors_path)
         for layer in plan.layers:

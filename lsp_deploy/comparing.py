@@ -1,0 +1,220 @@
+"""Two models side by side, or one alone: fidelity on the same images, latency in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, Field
+
+from lsp_deploy import console
+from lsp_deploy.engines.fidelity import Fidelity
+from lsp_deploy.engines.profiler import Profile
+from lsp_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from rich.table import Table
+
+    from lsp_deploy.data import Dataset
+
+__all__ = ["Comparison", "LayerFidelity", "compare_models", "comparison_tables", "profile_model", "profile_table"]
+
+DEFAULT_BATCHES = (1, 8)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class LayerFidelity(BaseModel):
+    """Signal to noise of one linear layer's output, compressed against dense."""
+
+    name: str
+    sqnr_db: float
+
+
+class Comparison(BaseModel):
+    """What `compare` measured."""
+
+    dense: str
+    compressed: str
+    data: str
+    fidelity: Fidelity
+    profiles: list[Profile] = Field(description="dense and compressed at every batch size, measured on this host's CPU")
+    layers: list[LayerFidelity] = Field(default_factory=list)
+
+
+def compare_models(
+    dense: Path,
+    compressed: Path,
+    *,
+    data: str,
+    labels: str | None,
+    label_column: str | None,
+    preprocess: str | None,
+    samples: int | None,
+    batches: Sequence[int] | None,
+    shapes: Shapes | None,
+    layers: bool,
+    threads: int,
+) -> Comparison:
+    """Compare `compressed` with `dense`: answers on the same data, and latency in alternating blocks of one run.
+
+    16-bit models run as float32 twins: their time on this CPU says nothing about a GPU's.
+
+    Raises:
+        UserError: models whose inputs differ, or data that does not fit them.
+    """
+    from lsp_deploy.calibration import NAMED_SAMPLES, open_named
+    from lsp_deploy.evaluation import Evaluator
+    from lsp_deploy.model import load_model, resolve_shapes
+    from lsp_deploy.recipe import NAMED_DATA
+
+    models = {"dense": load_model(dense), "compressed": load_model(compressed)}
+    _check_same_inputs(models, dense, compressed)
+    resolved = resolve_shapes(models["dense"], shapes, batch=DEFAULT_BATCHES[-1])
+    dataset, _ = open_named(
+        models["dense"],
+        resolved,
+        data,
+        preprocess=preprocess,
+        labels=labels,
+        label_column=label_column,
+        samples=samples or (NAMED_SAMPLES if data in NAMED_DATA else None),
+        seed=0,
+    )
+    evaluator = Evaluator(models["dense"], models["dense"], dataset, batch=DEFAULT_BATCHES[-1], threads=threads)
+    return Comparison(
+        dense=str(dense),
+        compressed=str(compressed),
+        data=f"{data}: {len(dataset)} samples",
+        fidelity=evaluator.fidelity(models["compressed"], "compressed model"),
+        profiles=_profiles(models, dataset, batches or DEFAULT_BATCHES, threads),
+        layers=_layers(models, resolved, dataset, threads) if layers else [],
+    )
+
+
+def profile_model(
+    model: Path,
+    target: str,
+    *,
+    batches: Sequence[int] | None,
+    shapes: Shapes | None,
+    threads: int,
+    duration: float,
+    warm_up: float,
+) -> list[Profile]:
+    """Measure one model's latency and throughput on this host at every batch size.
+
+    Raises:
+        UserError: a target that is not here.
+    """
+    from lsp_deploy.data import open_dataset
+    from lsp_deploy.hardware.target import load_target
+    from lsp_deploy.model import load_model, resolve_shapes
+
+    if load_target(target).kind != "cpu":
+        raise UserError(f"--target {target}: this version measures on this host's CPU only; use --target cpu")
+    loaded = load_model(model)
+    resolved = resolve_shapes(loaded, shapes, batch=1)
+    dataset = open_dataset(
+        "random",
+        shapes=resolved,
+        dtypes={str(value.name): value.dtype.numpy() for value in loaded.graph.inputs if value.dtype is not None},
+        preprocess=None,
+        samples=max(batches or DEFAULT_BATCHES),
+        seed=0,
+    )
+    models = {model.name: loaded}
+    return _profiles(models, dataset, batches or DEFAULT_BATCHES, threads, duration=duration, warm_up=warm_up)
+
+
+def profile_table(profiles: Sequence[Profile]) -> Table:
+    """Return a table of latencies and throughputs, one row a model and batch size."""
+    from rich.table import Table
+
+    table = Table(title="measured on this host's CPU; power: not measured")
+    for column in ("model", "batch", "threads", "min ms", "median ms", "p90 ms", "p99 ms", "samples/s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for one in profiles:
+        latency = (one.latency_min_ms, one.latency_median_ms, one.latency_p90_ms, one.latency_p99_ms)
+        numbers = [f"{value:.2f}" for value in latency]
+        table.add_row(one.label, str(one.batch), str(one.threads), *numbers, f"{one.throughput_per_s:.1f}")
+    return table
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Return the tables of a comparison: fidelity, latency, and layers where they were asked for."""
+    from rich.table import Table
+
+    fidelity = Table(title=f"fidelity, {comparison.data}", show_header=False)
+    for name, value in comparison.fidelity.model_dump().items():
+        if value is not None:
+            fidelity.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    tables = [fidelity, profile_table(comparison.profiles)]
+    if comparison.layers:
+        layers = Table(title="signal to noise of every linear layer's output, worst first")
+        layers.add_column("layer")
+        layers.add_column("dB", justify="right")
+        for layer in sorted(comparison.layers, key=lambda one: one.sqnr_db):
+            layers.add_row(layer.name, f"{layer.sqnr_db:.1f}")
+        tables.append(layers)
+    return tables
+
+
+def _check_same_inputs(models: Mapping[str, ir.Model], dense: Path, compressed: Path) -> None:
+    from lsp_deploy.model import input_shapes
+
+    names = [list(input_shapes(model)) for model in models.values()]
+    if names[0] != names[1]:
+        raise UserError(f"{dense} takes {', '.join(names[0])} but {compressed} takes {', '.join(names[1])}")
+
+
+def _profiles(
+    models: Mapping[str, ir.Model],
+    dataset: Dataset,
+    batches: Sequence[int],
+    threads: int,
+    *,
+    duration: float = 3.0,
+    warm_up: float = 0.5,
+) -> list[Profile]:
+    from contextlib import ExitStack
+
+    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+    from lsp_deploy.engines.profiler import profile
+
+    results: list[Profile] = []
+    with ExitStack() as stack, console.progress("profiling", len(batches)) as advance:
+        engines = {
+            label: stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads, float32_twin=True))
+            for label, model in models.items()
+        }
+        for batch in batches:
+            feeds = dataset.feeds([index % len(dataset) for index in range(batch)])
+            measured = profile(engines, feeds, threads=threads, duration=duration, warm_up=warm_up)
+            results.extend(measured.values())
+            advance(1)
+    return results
+
+
+def _layers(
+    models: Mapping[str, ir.Model], shapes: Shapes, dataset: Dataset, threads: int
+) -> list[LayerFidelity]:
+    from lsp_deploy.engines.fidelity import layer_sqnr
+    from lsp_deploy.linear_layers import linear_layers
+    from lsp_deploy.passes.to_float32 import ToFloat32Pass
+
+    twins = {label: model.clone() for label, model in models.items()}
+    for twin in twins.values():
+        ToFloat32Pass()(twin)
+    found = {label: linear_layers(twin, shapes) for label, twin in twins.items()}
+    by_name = {layer.name: layer for layer in found["compressed"]}
+    pairs = {
+        layer.name: (str(layer.y.name), str(by_name[layer.name].y.name))
+        for layer in found["dense"]
+        if layer.name in by_name
+    }
+    if not pairs:
+        raise UserError("--layers: the two models have no linear layer of the same name")
+    measured = layer_sqnr(twins["dense"], twins["compressed"], pairs, dataset, threads=threads)
+    return [LayerFidelity(name=name, sqnr_db=value) for name, value in measured.items()]
