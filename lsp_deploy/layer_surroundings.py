@@ -7,16 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from lsp_deploy.constants import evaluate, is_constant
+from lsp_deploy.constants import evaluate, is_constant, operators
 from lsp_deploy.dataflow import NONLINEAR, DataFlow, data_inputs
 
 __all__ = ["find_activation", "find_bias", "find_residual"]
 
-_REORDERING = frozenset({"Cast", "DequantizeLinear", "Dropout", "Flatten", "Identity", "QuantizeLinear", "Reshape"}) | {
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-}
+_REORDERING = operators(
+    "Cast DequantizeLinear Dropout Flatten Identity QuantizeLinear Reshape Squeeze Transpose Unsqueeze"
+)
 _ELEMENTWISE = NONLINEAR | {"Add", "Div", "Mul", "Pow", "Sub"}
 _NAMES = {"BiasGelu": "gelu", "FastGelu": "gelu_tanh", "QuickGelu": "quick_gelu", "Swish": "silu"}
 _LONGEST = 16  # nodes of a decomposed activation
