@@ -197,9 +197,7 @@ def _profiles(
     return results
 
 
-def _layers(
-    models: Mapping[str, ir.Model], shapes: Shapes, dataset: Dataset, threads: int
-) -> list[LayerFidelity]:
+def _layers(models: Mapping[str, ir.Model], shapes: Shapes, dataset: Dataset, threads: int) -> list[LayerFidelity]:
     from lsp_deploy.engines.fidelity import layer_sqnr
     from lsp_deploy.linear_layers import linear_layers
     from lsp_deploy.passes.to_float32 import ToFloat32Pass

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import sha256_of
 from lsp_deploy.recipe import Recipe, parse_shapes
+from lsp_deploy.sensitivity.quantization import ComputeType
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,7 +51,7 @@ class PreparedModel:
     weights: dict[str, NDArray[np.float32]]
     """W [K, N] by layer name."""
     attention_flops: int
-    compute_type: str
+    compute_type: ComputeType
     opset: int
 
 
@@ -96,7 +97,7 @@ def prepare(path: Path, recipe: Recipe, target: Target) -> PreparedModel:
     )
 
 
-def _compute_type(recipe: Recipe, target: Target) -> str:
+def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
     asked = recipe.precision
     if asked in ("auto", "int8"):
         if asked == "int8" and "int8" not in target.types:

@@ -24,7 +24,7 @@ from lsp_deploy.allocation.sparsity import (
 )
 from lsp_deploy.errors import UserError
 from lsp_deploy.plan import LayerPlan, Plan, SparsityDecision
-from lsp_deploy.sensitivity.quantization import weight_scale
+from lsp_deploy.sensitivity.quantization import ComputeType, weight_scale
 
 if TYPE_CHECKING:
     from lsp_deploy.hardware.target import Target
@@ -46,7 +46,7 @@ class Question:
     target: Target
     model_sha256: str
     opset: int
-    compute_type: str
+    compute_type: ComputeType
     layers: Sequence[LinearLayer]
     weights: Mapping[str, NDArray[np.float32]]
     """W [K, N] by layer name."""
@@ -116,7 +116,7 @@ def _typed_plan(question: Question) -> Plan:
             question.weights[layer.name],
             question.input_of(layer),
             asked=recipe.precision,
-            compute_type=question.compute_type,  # type: ignore[arg-type]
+            compute_type=question.compute_type,
             int8_on_target="int8" in question.target.types,
         )
         sparsity = dense(recipe.sparsity, f"left dense: --sparsity {recipe.sparsity}")
@@ -138,7 +138,7 @@ def _typed_plan(question: Question) -> Plan:
         tool_version=__version__,
         model_sha256=question.model_sha256,
         target=question.target.name,
-        compute_type=question.compute_type,  # type: ignore[arg-type]
+        compute_type=question.compute_type,
         opset=question.opset,
         io_types=recipe.io_types,
         block_shape=recipe.block_shape if recipe.sparsity == "block" else None,
@@ -163,7 +163,7 @@ def _typed_two_four(question: Question, layer: LinearLayer, masks: dict[str, NDA
 def _pruned(asked: str, pattern: str, masked: MaskedLayer, reason: str) -> SparsityDecision:
     return SparsityDecision(
         asked=asked,
-        pattern=pattern,  # type: ignore[arg-type]
+        pattern=pattern,
         zeros=masked.zeros,
         method=METHOD,
         reason=f"{reason}; the pruned layer's output keeps {masked.sqnr_db:.1f} dB",

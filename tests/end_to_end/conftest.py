@@ -1,0 +1,64 @@
+"""Runs the command line in this process, on a copy of the embedded model."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lsp_deploy import console
+from lsp_deploy.cli import main
+from lsp_deploy.demo import copy_demo
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `lsp-deploy ARGUMENTS` and return its exit code and output."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["lsp-deploy", *map(str, arguments)])
+        console.configure(json=False)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo_master(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    copy_demo(folder)
+    return folder
+
+
+@pytest.fixture
+def demo(demo_master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy of the embedded model, its data and its recipe; the working directory is there."""
+    folder = tmp_path / "demo"
+    shutil.copytree(demo_master, folder)
+    monkeypatch.chdir(folder)
+    return next(folder.glob("*.onnx"))
+
+
+@pytest.fixture
+def bare(demo: Path) -> Path:
+    """The embedded model without the recipe beside it."""
+    (demo.parent / "lsp-deploy.toml").unlink()
+    return demo
