@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lsp_deploy.constants import constant_values, evaluate, operators
 
-__all__ = ["NONLINEAR", "DataFlow", "Reach"]
+__all__ = ["NONLINEAR", "DataFlow", "Reach", "data_inputs", "depend_on_inputs", "is_depthwise"]
 
 NONLINEAR = operators(
     "BiasGelu Celu Clip Elu Erf FastGelu Gelu HardSigmoid HardSwish LeakyRelu Mish PRelu QuickGelu Relu Selu "
@@ -95,6 +95,11 @@ class DataFlow:
                 wait_for_consumers(value)
         return reach
 
+    def users_of(self, values: Iterable[ir.Value]) -> list[ir.Node]:
+        """Return the nodes of the graph that read any of `values`, in graph order."""
+        users = {node for value in values for node in value.consumers() if node in self.position}
+        return sorted(users, key=self.position.__getitem__)
+
     def is_ancestor(self, value: ir.Value, of: ir.Value) -> bool:
         """Return whether `of` is `value`, or is computed from it."""
         first = -1 if (producer := value.producer()) is None else self.position.get(producer, -1)
@@ -113,7 +118,7 @@ class DataFlow:
         return False
 
     def _passes(self, node: ir.Node, reach: Reach) -> bool:
-        if node in self.linear or any(value in reach.values for value in node.inputs if value in self.constants):
+        if node in self.linear:
             return False
         op = node.op_type
         if op in _FIRST_INPUT or op in _SCALING or op == "Concat":
@@ -121,6 +126,10 @@ class DataFlow:
         if op in _ADDING:
             # A mask or a position bias may be computed, but not from activations: that is a residual.
             return all(value in reach.values or value not in self.after_linear for value in data_inputs(node))
+        if op == "Conv":
+            # A depthwise convolution mixes tokens inside an MLP or before attention; after a nonlinearity it is the
+            # middle of a convolutional block.
+            return is_depthwise(node) and not reach.values.get(next(data_inputs(node)), False)
         return op in _REDUCING and _axes(node) in ([-1], (-1,))
 
     def _after_linear(self) -> set[ir.Value]:
@@ -146,6 +155,22 @@ def data_inputs(node: ir.Node) -> Iterator[ir.Value]:
     for value in inputs:
         if value is not None:
             yield value
+
+
+def depend_on_inputs(graph: ir.Graph) -> set[ir.Value]:
+    """Return the values that carry data of the graph's inputs; tables and position biases do not."""
+    dependent = {value for value in graph.inputs if not value.is_initializer()}
+    for node in graph:
+        if node.op_type not in _SHAPES and any(value in dependent for value in node.inputs):
+            dependent.update(node.outputs)
+    return dependent
+
+
+def is_depthwise(conv: ir.Node) -> bool:
+    """Return whether each output channel of a Conv reads one input channel."""
+    weight = conv.inputs[1]
+    tensor = None if weight is None else ir.convenience.get_const_tensor(weight)
+    return tensor is not None and conv.attributes.get_int("group", 1) > 1 and tensor.shape[1] == 1
 
 
 def _axes(node: ir.Node) -> Sequence[int] | None:

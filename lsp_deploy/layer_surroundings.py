@@ -12,8 +12,12 @@ from lsp_deploy.dataflow import NONLINEAR, DataFlow, data_inputs
 
 __all__ = ["find_activation", "find_bias", "find_residual"]
 
-_REORDERING = operators(
+_PASSING = operators(
     "Cast DequantizeLinear Dropout Flatten Identity QuantizeLinear Reshape Squeeze Transpose Unsqueeze"
+)
+_NEVER_BEFORE_RESIDUAL = operators(
+    "Conv GroupNormalization InstanceNormalization LayerNormalization LpNormalization RMSNormalization ReduceL2 "
+    "ReduceMean ReduceSum SimplifiedLayerNormalization Softmax"
 )
 _ELEMENTWISE = NONLINEAR | {"Add", "Div", "Mul", "Pow", "Sub"}
 _NAMES = {"BiasGelu": "gelu", "FastGelu": "gelu_tanh", "QuickGelu": "quick_gelu", "Swish": "silu"}
@@ -68,29 +72,21 @@ def find_activation(y: ir.Value, flow: DataFlow) -> tuple[ir.Node | None, str | 
 
 def find_residual(x: ir.Value, y: ir.Value, flow: DataFlow) -> ir.Node | None:
     """Return the Add that joins `y`, after bias, activation, scaling and reordering, with what `x` is computed from."""
-    reach = flow.reach(y)
-    scaled: set[ir.Value] = {y}
-    for node in sorted(
-        {user for value in reach.values for user in value.consumers() if user in flow.position},
-        key=flow.position.__getitem__,
-    ):
-        operands = list(data_inputs(node))
-        inner = [value for value in operands if value in scaled]
-        outer = [value for value in operands if value not in scaled]
-        if not inner:
+    joined: set[ir.Value] = {y}
+    for node in flow.users_of(flow.reach(y).values):
+        inner = [value for value in data_inputs(node) if value in joined]
+        outer = [value for value in data_inputs(node) if value not in joined and value not in flow.constants]
+        if not inner or node in flow.linear or node.op_type in _NEVER_BEFORE_RESIDUAL:
             continue
-        if node.op_type == "Add" and outer and outer[0] in flow.after_linear | set(flow.graph.inputs):
-            if flow.is_ancestor(outer[0], x):
-                return node
-            continue
-        if node in reach.stops or node.op_type.endswith("Normalization") or node.op_type.startswith("Reduce"):
-            continue
-        scaled.update(node.outputs)
+        if node.op_type == "Add" and outer and flow.is_ancestor(outer[0], x):
+            return node
+        if not any(value in flow.after_linear for value in outer):
+            joined.update(node.outputs)
     return None
 
 
 def _belongs(node: ir.Node, inside: set[ir.Value], flow: DataFlow) -> bool:
-    if node.op_type in _REORDERING:
+    if node.op_type in _PASSING:
         return node.inputs[0] in inside
     return node.op_type in _ELEMENTWISE and all(
         value is None or value in inside or value in flow.constants for value in node.inputs

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lsp_deploy.attention_flops import attention_flops
 from lsp_deploy.constants import constant_values, evaluate, root_of
-from lsp_deploy.dataflow import DataFlow
+from lsp_deploy.dataflow import DataFlow, depend_on_inputs
 from lsp_deploy.layer_surroundings import find_activation, find_bias, find_residual
 from lsp_deploy.measured_shapes import measure_shapes
 from lsp_deploy.model import resolve_shapes
@@ -157,12 +157,12 @@ def replace_weight(layer: LinearLayer, weight: NDArray[Any]) -> None:
 
 
 def _candidates(graph: ir.Graph) -> Iterator[ir.Node]:
-    constants = constant_values(graph)
+    constants, dependent = constant_values(graph), depend_on_inputs(graph)
     for node in graph:
         if node.op_type not in ("MatMul", "Gemm", "Conv") or node.domain != "":
             continue
         x, weight = node.inputs[:2]
-        if x in constants or weight not in constants:
+        if x not in dependent or weight not in constants:
             continue
         if node.op_type != "Conv" or _is_patchwise(node):
             yield node

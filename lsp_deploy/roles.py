@@ -7,7 +7,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from lsp_deploy.dataflow import DataFlow, Reach
+from lsp_deploy.dataflow import DataFlow, Reach, data_inputs
 
 __all__ = ["Role", "assign_blocks", "assign_roles"]
 
@@ -31,7 +31,7 @@ def assign_roles(flow: DataFlow, rows: Mapping[ir.Node, int], residual: Mapping[
     product_values = _values([flow.reach(*node.outputs) for node in products])
     softmax_values = _values([flow.reach(*node.outputs) for node in flow.graph if node.op_type == "Softmax"])
     image_values = _values([flow.reach(value) for value in flow.graph.inputs if _may_be_image(value)])
-    fc1, fc2 = _mlps(nodes, rows, reached_from)
+    fc1, fc2 = _mlps(flow, rows, reached_from)
 
     def role(node: ir.Node) -> Role:
         x, reach = _data_input(node), reached_from[node]
@@ -74,17 +74,29 @@ def assign_blocks(roles: Sequence[Role]) -> list[int | None]:
 
 
 def _mlps(
-    nodes: Sequence[ir.Node], rows: Mapping[ir.Node, int], reached_from: Mapping[ir.Node, Reach]
+    flow: DataFlow, rows: Mapping[ir.Node, int], reached_from: Mapping[ir.Node, Reach]
 ) -> tuple[set[ir.Node], set[ir.Node]]:
     """Return the layers before and after a nonlinearity; a gate's other branch is a layer before it as well."""
     activated = {value for reach in reached_from.values() for value, nonlinear in reach.values.items() if nonlinear}
     fc1, fc2 = set(), set()
-    for first in nodes:
-        for stop in reached_from[first].stops:
-            if stop in rows and rows[stop] == rows[first] and _data_input(stop) in activated:
+    for first, reach in reached_from.items():
+        for second in reach.stops:
+            if rows.get(second) != rows[first] or _data_input(second) not in activated:
+                continue
+            if not _gates_own_input(flow, second, reached_from[second]):
                 fc1.add(first)
-                fc2.add(stop)
+                fc2.add(second)
     return fc1, fc2
+
+
+def _gates_own_input(flow: DataFlow, node: ir.Node, reach: Reach) -> bool:
+    """Return whether a layer's output scales what its input is computed from: squeeze-and-excitation, not an MLP."""
+    return any(
+        user.op_type == "Mul" and value not in reach.values and flow.is_ancestor(value, _data_input(node))
+        for user in flow.users_of(reach.values)
+        for value in data_inputs(user)
+        if value not in flow.constants
+    )
 
 
 def _leads_on(flow: DataFlow, node: ir.Node) -> bool:
