@@ -12,7 +12,7 @@ __all__ = ["constant_values", "evaluate", "is_constant", "operators", "root_of"]
 
 
 def operators(names: str) -> frozenset[str]:
-    """Return the operator types named in one string."""
+    """Return the names in one string, of operators say, as a set."""
     return frozenset(names.split())
 
 
@@ -21,6 +21,7 @@ _FOLDABLE = operators(
     "Add Cast CastLike Concat DequantizeLinear Div Expand Flatten Gather Identity Mul Neg Pow QuantizeLinear "
     "ReduceL2 Reshape Slice Split Sqrt Squeeze Sub Transpose Unsqueeze"
 )
+_CONSTANT_ATTRIBUTES = operators("value value_float value_floats value_int value_ints")
 
 
 def constant_values(graph: ir.Graph) -> set[ir.Value]:
@@ -78,7 +79,7 @@ def _run(node: ir.Node, output: ir.Value) -> NDArray[Any]:
 
 
 def _is_constant_node(node: ir.Node) -> bool:
-    return node.op_type == "Constant" and node.domain == "" and "sparse_value" not in node.attributes
+    return node.op_type == "Constant" and node.domain == "" and not _CONSTANT_ATTRIBUTES.isdisjoint(node.attributes)
 
 
 def _size(value: ir.Value) -> int:

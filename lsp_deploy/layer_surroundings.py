@@ -26,19 +26,15 @@ _LONGEST = 16  # nodes of a decomposed activation
 
 def find_bias(node: ir.Node, n: int) -> tuple[ir.Value | None, ir.Node | None]:
     """Return a layer's constant bias of `n` entries and the node that adds it: `node` itself, or an Add after it."""
-    if node.op_type in ("Gemm", "Conv") and len(node.inputs) > 2 and node.inputs[2] is not None:
-        return node.inputs[2], node
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        return (node.inputs[2], node) if _is_bias(node.inputs[2], n) else (None, None)
     y = node.outputs[0]
     consumers = y.consumers()
-    if len(consumers) != 1 or consumers[0].op_type != "Add" or y.is_graph_output():
+    if len(consumers) != 1 or consumers[0].op_type != "Add" or y.is_graph_output() or node.op_type == "Conv":
         return None, None
     add = consumers[0]
     other = add.inputs[1] if add.inputs[0] is y else add.inputs[0]
-    if other is None or not is_constant(other):
-        return None, None
-    shape = evaluate(other).shape
-    is_bias = len(shape) > 0 and shape[-1] == n == int(np.prod(shape))
-    return (other, add) if is_bias and node.op_type != "Conv" else (None, None)
+    return (other, add) if _is_bias(other, n) else (None, None)
 
 
 def find_activation(y: ir.Value, flow: DataFlow) -> tuple[ir.Node | None, str | None]:
@@ -83,6 +79,13 @@ def find_residual(x: ir.Value, y: ir.Value, flow: DataFlow) -> ir.Node | None:
         if not any(value in flow.after_linear for value in outer):
             joined.update(node.outputs)
     return None
+
+
+def _is_bias(value: ir.Value | None, n: int) -> bool:
+    if value is None or not is_constant(value):
+        return False
+    shape = evaluate(value).shape
+    return len(shape) > 0 and shape[-1] == n == int(np.prod(shape))
 
 
 def _belongs(node: ir.Node, inside: set[ir.Value], flow: DataFlow) -> bool:

@@ -83,7 +83,7 @@ class LinearLayer:
             return np.zeros(self.N, np.float32)
         beta = self.node.attributes.get_float("beta", 1.0) if self.bias_node is self.node else 1.0
         array = evaluate(self.bias).astype(np.float32).reshape(-1) * np.float32(beta)
-        return np.ascontiguousarray(np.broadcast_to(array, self.N))
+        return np.ascontiguousarray(array)
 
 
 def linear_layers(model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> list[LinearLayer]:
@@ -159,7 +159,7 @@ def replace_weight(layer: LinearLayer, weight: NDArray[Any]) -> None:
 def _candidates(graph: ir.Graph) -> Iterator[ir.Node]:
     constants, dependent = constant_values(graph), depend_on_inputs(graph)
     for node in graph:
-        if node.op_type not in ("MatMul", "Gemm", "Conv") or node.domain != "":
+        if node.op_type not in ("MatMul", "Gemm", "Conv") or node.domain != "" or len(node.inputs) < 2:
             continue
         x, weight = node.inputs[:2]
         if x not in dependent or weight not in constants:

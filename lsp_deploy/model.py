@@ -20,6 +20,9 @@ __all__ = ["MAX_OPSET", "MIN_OPSET", "input_shapes", "load_model", "model_bytes"
 
 MIN_OPSET, MAX_OPSET = 13, 23
 
+# Files of recent onnx releases claim an IR version that runtimes refuse; that of opset 23 is enough for all we take.
+_MAX_IR_VERSION = 11
+
 # A protobuf message holds less than 2 GiB; the graph itself needs some of it.
 EXTERNAL_THRESHOLD = 1_900_000_000
 
@@ -43,6 +46,7 @@ def load_model(path: Path) -> ir.Model:
     check_external_data(model, path)
     _inline(model, path)
     check_weights(model, path)
+    model.ir_version = min(model.ir_version, _MAX_IR_VERSION)
     _name_nodes(model)
     return model
 
@@ -147,10 +151,13 @@ def _parse(path: Path) -> ir.Model:
     try:
         model = ir.from_proto(proto)
     except ir.serde.SerdeError as error:
-        cause = error.__cause__ or error
-        raise UserError(f"{path} is not a valid ONNX model: {cause}") from error
+        raise UserError(f"{path} is not a valid ONNX model: {_first_cause(error)}") from error
     ir.external_data.set_base_dir(model.graph, path.absolute().parent)
     return model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
 def _check_opset(model: ir.Model, path: Path) -> None:
@@ -158,9 +165,7 @@ def _check_opset(model: ir.Model, path: Path) -> None:
     if opset is None:
         raise UserError(f"{path} names no opset of standard operators; export it with opset {MIN_OPSET} to {MAX_OPSET}")
     if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise UserError(
-            f"{path} has opset {opset}; supported are {MIN_OPSET} to {MAX_OPSET}: export it with one of them"
-        )
+        raise UserError(f"{path} has opset {opset}; export it with one from {MIN_OPSET} to {MAX_OPSET}")
 
 
 def _inline(model: ir.Model, path: Path) -> None:
@@ -168,7 +173,10 @@ def _inline(model: ir.Model, path: Path) -> None:
         InlinePass()(model)
     except (ir.passes.PassError, ir.passes.PreconditionError, ValueError) as error:
         raise UserError(f"{path} has functions that cannot be inlined: {error.__cause__ or error}") from error
-    model.graph.sort()
+    try:
+        model.graph.sort()
+    except ValueError as error:
+        raise UserError(f"{path} is not a valid ONNX model: its graph contains a cycle") from error
 
 
 def _name_nodes(model: ir.Model) -> None:
