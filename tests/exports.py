@@ -10,6 +10,7 @@ import json
 import tempfile
 import warnings
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,14 @@ def create_timm(
     timm = _import_timm()
     import torch
 
-    timm.layers.set_fused_attn(fused_attention)
-
     if image_size is not None and not name.startswith(("convnext", "mobilevit", "levit")):
         options["img_size"] = image_size
     torch.manual_seed(0)
-    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options).eval()
+    module = timm.create_model(name, pretrained=False, num_classes=num_classes, **options).eval()
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = part.fused_attn and fused_attention
+    return module
 
 
 def export_huggingface_vit(*, exporter: str = "torchscript", opset: int = 17) -> Path:
@@ -217,13 +220,9 @@ def _zeros(shape: tuple[int, ...]) -> Any:
 
 
 def _import_timm() -> Any:
-    pytest.importorskip("torch", reason="torch is not installed: pip install 'lsp-deploy[torch]'")
-    import torch
+    for package in ("torch", "timm"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install 'lsp-deploy[torch]'")
+    from lsp_deploy.export import import_timm
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except AttributeError:
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("timm", reason="timm is not installed: pip install 'lsp-deploy[torch]'")
+    return import_timm()
