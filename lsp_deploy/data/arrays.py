@@ -119,11 +119,11 @@ def load_arrays(
 
 
 def _load(path: Path) -> dict[str, Callable[[], NDArray[Any]]]:
-    """Return what reads each array of the file, by its key; a .npy has one, under the file's own name."""
+    """Return what reads each array of the file, by its key; a .npy has one."""
     with _as_user_error(path):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(loaded, np.ndarray):
-        return {path.name: lambda: loaded}
+        return {"one array": lambda: loaded}
     with loaded as archive:
         return {key: partial(_read_key, path, key) for key in archive.files}
 
@@ -145,8 +145,12 @@ def _as_user_error(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(f"{path} holds more than fits in memory; split it, or save the input as .npy") from error
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        if "pickle" in str(error) or "Object" in str(error):
-            raise UserError(f"{path} holds pickled objects, which can run code; save plain number arrays") from error
+        # numpy takes any content that it does not know for a pickle.
+        if any(word in str(error) for word in ("pickle", "Object arrays", "Python objects")):
+            raise UserError(
+                f"{path} is no array file, or holds pickled objects, which could run code and are refused; "
+                "save plain arrays of numbers with numpy.save or numpy.savez"
+            ) from error
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read arrays from {path}: {reason}") from error
 

@@ -134,7 +134,7 @@ def _is_gzip(path: Path) -> bool:
 
 def _walk(folder: Path) -> Iterator[str]:
     seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(here)
         if real in seen:  # a link to a folder above would go round for ever
             folders.clear()
@@ -145,6 +145,10 @@ def _walk(folder: Path) -> Iterator[str]:
             path = Path(here, name)
             if _is_image(name) and path.is_file():
                 yield path.relative_to(folder).as_posix()
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
 
 
 def _is_image(name: str) -> bool:

@@ -151,6 +151,8 @@ def _open_arrays(path: Path, asked: _Asked) -> Dataset:
     total = len(next(iter(arrays.values())))
     if asked.labels is not None:
         class_of = read_labels(asked.labels, asked.label_column).of_rows(total)
+    if class_of is None and asked.label_column is not None:
+        raise UserError(f"{path} has no labels under the key {asked.label_column}")
     rows = choose(np.zeros(total, np.int64) if class_of is None else class_of, asked.samples, asked.seed)
     return Dataset(
         name=path.name,

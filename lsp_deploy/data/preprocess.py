@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lsp_deploy.errors import UserError
 
@@ -33,7 +33,7 @@ class Preprocess(BaseModel):
 
     size: tuple[int, int] = Field((224, 224), description="Height and width; one number for a square.")
     crop_pct: float = Field(0.875, gt=0, le=1, description="Share of the resized image's side that the crop keeps.")
-    resize: int | None = Field(None, ge=1, description="Shorter side after resizing, in pixels, instead of crop_pct.")
+    resize: int | None = Field(None, ge=1, description="Shorter side after resizing, in pixels; wins over crop_pct.")
     crop_mode: Literal["center", "squash", "border"] = Field(
         "center",
         description="center: shorter side resized, centre cropped. squash: both sides resized, aspect ratio lost. "
@@ -76,12 +76,6 @@ class Preprocess(BaseModel):
             raise ValueError(f"is above 0; got {list(value)}")
         return value
 
-    @model_validator(mode="after")
-    def _resize_or_crop_pct(self) -> Preprocess:
-        if self.resize is not None and {"crop_pct"} & self.model_fields_set:
-            raise ValueError("resize and crop_pct say the same thing; leave one of them out")
-        return self
-
 
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
@@ -118,6 +112,8 @@ def load_preprocess(spec: str | None, metadata: Mapping[str, str], size: tuple[i
         if spec in PRESETS:
             return _validated({**PRESETS[spec], **_size(size)}, f"--preprocess {spec}"), f"--preprocess {spec}"
         values = _read_toml(spec)
+        if {"resize", "crop_pct"} <= values.keys():
+            raise UserError(f"--preprocess {spec}: resize and crop_pct say the same thing; leave one of them out")
         settings = _validated({**_size(size), **values}, f"--preprocess {spec}")
         if _size(size) and settings.size != size:
             named, taken = (" x ".join(map(str, pair)) for pair in (settings.size, size))
