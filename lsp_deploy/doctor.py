@@ -286,7 +286,7 @@ def _targets() -> Iterator[Finding]:
         if backend is not None:
             yield Finding(section="target", name=target.name, status="usable", detail=f"built here by {backend.name}")
         else:
-            hint = f"lsp-deploy targets show {target.name} says what to run there"
+            hint = f"lsp-deploy targets show {target.name} has the commands to run on the device"
             yield Finding(section="target", name=target.name, status="missing", detail=reason, hint=hint)
 
 

@@ -255,8 +255,8 @@ def target_details(target: Target) -> Group:
     table.add_row("sha256", target.sha256, "[dim]of all that the target says; reports name it[/dim]")
     if "tensorrt" not in target.builders:
         return Group(table)
-    where = "only there" if target.build_on_device else "or wherever its GPU is"
-    heading = f"\nTo build and time an engine on the device ({where}):"
+    only = ", the only place where that can be done" if target.build_on_device else ""
+    heading = f"\nTo build and time an engine with TensorRT on the device{only}:"
     return Group(table, heading, Text(target.commands_on_device()))
 
 

@@ -271,6 +271,15 @@ def test_a_target_survives_json():
         assert Target.model_validate_json(target.model_dump_json()) == target
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rules_that_a_model_is_checked_by(name):
+    target = load_target(name)
+    rules = target.rules()
+    assert (rules.name, rules.max_opset, rules.types) == (name, target.max_opset, frozenset(target.types))
+    assert rules.tensorrt == (target.kind == "gpu")
+    assert rules.compute_capability == target.compute_capability
+
+
 def test_only_the_orin_builds_for_the_orin():
     assert [target.name for target in list_targets() if target.build_on_device] == ["agx-orin-64gb"]
     commands = load_target("agx-orin").commands_on_device("out/model.onnx", "out/model.engine")
