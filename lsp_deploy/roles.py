@@ -43,10 +43,10 @@ def assign_roles(flow: DataFlow, rows: Mapping[ir.Node, int], residual: Mapping[
             return "qkv"
         if x in product_values:
             return "proj"
+        if x in image_values and (_leads_on(flow, node) or node.op_type == "Conv"):
+            return "patch"
         if not _leads_on(flow, node) and residual[node] is None:
             return "head"
-        if x in image_values:
-            return "patch"
         if node in fc1:
             return "fc1"
         return "fc2" if node in fc2 else "other"
