@@ -33,14 +33,14 @@ def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shape
     from lsp_deploy.engines.backends import builder_for
     from lsp_deploy.engines.protocol import BuildOptions, EngineBuildError
 
+    sparse = any(layer.sparsity.pattern == "2:4" for layer in plan.layers)
     if not options.build:
         return Built(not_built="not built: --no-build")
     backend, reason = builder_for(target)
     if backend is None:
-        return Built(not_built=reason)
+        return Built(not_built=f"{reason}; on the device run: {_commands(target, shapes, sparse)}")
     path = output.engine(backend.name, target.name)
     path.parent.mkdir(exist_ok=True)
-    sparse = any(layer.sparsity.pattern == "2:4" for layer in plan.layers)
     build_options = BuildOptions(
         min_shapes=shapes.min, opt_shapes=shapes.opt, max_shapes=shapes.max, sparse_weights=sparse
     )
@@ -54,3 +54,11 @@ def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shape
             not_built=f"the build failed: {error}", failures=[f"{backend.name} engine for {target.name}: {error}"]
         )
     return Built(info=info)
+
+
+def _commands(target: Target, shapes: Shapes, sparse_weights: bool) -> str:
+    dynamic = shapes.min != shapes.max
+    return target.commands_on_device(
+        shapes={"min": shapes.min, "opt": shapes.opt, "max": shapes.max} if dynamic else None,
+        sparse_weights=sparse_weights,
+    )

@@ -85,10 +85,9 @@ def open_named(
     Raises:
         UserError: data that cannot be read or does not fit the model.
     """
-    from lsp_deploy.data import load_preprocess, open_dataset
+    from lsp_deploy.data import image_size, load_preprocess, open_dataset
 
-    size = next(((shape[-2], shape[-1]) for shape in shapes.values() if len(shape) == 4), (0, 0))
-    settings, origin = load_preprocess(preprocess, model.metadata_props, size)
+    settings, origin = load_preprocess(preprocess, model.metadata_props, image_size(shapes))
     dataset = open_dataset(
         source,
         shapes=shapes,
@@ -99,11 +98,38 @@ def open_named(
         samples=samples,
         seed=seed,
     )
-    if preprocess is not None and dataset.kind == "arrays":
-        raise UserError(f"--preprocess is for images; {source} holds arrays, which are fed as they are: leave it out")
+    if preprocess is not None and dataset.kind != "images":
+        raise UserError(f"--preprocess is for images; {source} is fed to the model as it is: leave it out")
     if origin == "default" and dataset.kind == "images":
         console.warn("the model says nothing of its preprocessing; `imagenet` is assumed (--preprocess to change it)")
-    return dataset, origin
+    if dataset.skipped:
+        console.warn(f"{source}: {dataset.skipped} images do not decode and were skipped")
+    return _with_fitting_labels(dataset, model, source), origin
+
+
+def _with_fitting_labels(dataset: Dataset, model: ir.Model, source: str) -> Dataset:
+    """Return the dataset with labels that are classes of the model, or without those that only look like labels.
+
+    Raises:
+        UserError: a label that was given is not a class of the model.
+    """
+    from lsp_deploy.evaluation import class_count
+
+    classes = class_count(model)
+    if dataset.labels is None or classes is None:
+        return dataset
+    if dataset.class_names is not None and len(dataset.class_names) != classes:
+        console.warn(
+            f"{source}: its {len(dataset.class_names)} class folders are not the model's {classes} classes; "
+            "they are not used as labels (--labels to name the classes)"
+        )
+        return dataset.without_labels()
+    if int(dataset.labels.max()) >= classes:
+        raise UserError(
+            f"{source}: label {int(dataset.labels.max())} is not one of the model's {classes} classes; "
+            "check the label file and --label-column"
+        )
+    return dataset
 
 
 def _split(prepared: PreparedModel, recipe: Recipe, named: Dataset, preprocess_from: str) -> CalibrationData:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
@@ -21,14 +21,19 @@ from lsp_deploy import __version__, console
 from lsp_deploy.errors import CheckFailedError, UserError
 from lsp_deploy.recipe import Recipe
 
+if TYPE_CHECKING:
+    from lsp_deploy.reporting.report import Report
+
 __all__ = ["app", "main"]
+
+# typer carries a click of its own; the base of all its usage errors is reached through one that it exports.
+_ClickError: type[Exception] = typer.BadParameter.__mro__[2]
 
 DONE, CHECK_FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="lsp-deploy",
     help="Make a vision transformer in ONNX smaller and faster for a named device, and say what it cost.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     # Users come from tools that write --calibration_data and from tools that write --calibration-data.
     context_settings={
@@ -51,32 +56,31 @@ class Exporter(str, Enum):
 
 def main() -> None:
     """Run the command line and exit with 0 done, 1 check failed, 2 usage or bad input, 130 interrupted."""
-    import click
-
     try:
         # Not standalone: errors come here, so that each is one line.
         result = typer.main.get_command(app).main(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        sys.exit(USAGE)
-    except click.ClickException as error:
-        _fail(error.format_message(), USAGE)
+    except _ClickError as error:
+        _fail(error.format_message(), USAGE)  # type: ignore[attr-defined]
     except UserError as error:
         _fail(str(error), USAGE)
     except CheckFailedError as error:
         _fail(str(error), CHECK_FAILED)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", INTERRUPTED)
     sys.exit(result if isinstance(result, int) else DONE)
 
 
 @app.callback(invoke_without_command=True)
 def _top(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         print(f"lsp-deploy {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(USAGE)
 
 
 def _compress(
@@ -99,7 +103,6 @@ def _compress(
     from lsp_deploy.compress import RunOptions, check_replay_flags, compress
     from lsp_deploy.compress import dry_run as plan_only
     from lsp_deploy.recipe import merge_recipe, save_recipe_file
-    from lsp_deploy.reporting.summary import plan_table
 
     console.configure(json=json)
     if plan is not None:
@@ -113,11 +116,12 @@ def _compress(
         if json:
             _print_json(decided.model_dump(mode="json"))
         else:
+            from lsp_deploy.reporting.plan_table import plan_table
+
             console.show(plan_table(decided))
         return
     outcome = compress(model, merged, options)
-    if json:
-        _print_json(outcome.report.model_dump(mode="json"))
+    _show(outcome.report, json)
     for failure in outcome.failures:
         console.warn(failure)
     if outcome.failures:
@@ -147,8 +151,7 @@ def demo(
         return
     options = RunOptions(output=output / f"{model.stem}-a100", threads=available_cores(), command=command)
     outcome = compress(model, merge_recipe({"target": "a100"}, None, model), options)
-    if json:
-        _print_json(outcome.report.model_dump(mode="json"))
+    _show(outcome.report, json)
     if outcome.failures:
         raise typer.Exit(CHECK_FAILED)
 
@@ -333,6 +336,16 @@ def doctor(json: JsonOption = False) -> None:
         _print_json(diagnosis.model_dump(mode="json"))
     else:
         console.show(diagnosis_table(diagnosis))
+
+
+def _show(report: Report, json: bool) -> None:
+    if json:
+        _print_json(report.model_dump(mode="json"))
+        return
+    from lsp_deploy.reporting.summary import summary_renderables
+
+    for renderable in summary_renderables(report):
+        console.show(renderable)
 
 
 def available_cores() -> int:

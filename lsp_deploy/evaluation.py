@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lsp_deploy.data import Dataset
     from lsp_deploy.engines.fidelity import Fidelity
 
-__all__ = ["MEASURED_FROM", "Evaluator", "class_output"]
+__all__ = ["MEASURED_FROM", "Evaluator", "class_count", "class_output", "decisive_drop"]
 
 # With fewer labelled images one answer more or less moves top-1 by more than 0.2 points.
 MEASURED_FROM = 500
@@ -27,6 +27,16 @@ def class_output(model: ir.Model) -> str | None:
     for output in model.graph.outputs:
         if output.shape is not None and len(output.shape) == 2 and output.shape[1] != 1:
             return str(output.name)
+    return None
+
+
+def class_count(model: ir.Model) -> int | None:
+    """Return how many classes the model scores, or None where it scores none or does not say."""
+    name = class_output(model)
+    for output in model.graph.outputs:
+        if output.name == name and output.shape is not None:
+            count = output.shape[1]
+            return count if isinstance(count, int) else None
     return None
 
 

@@ -12,7 +12,9 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.files import sha256_of
 
 if TYPE_CHECKING:
+    from lsp_deploy.plan import Plan
     from lsp_deploy.recipe import Recipe
+    from lsp_deploy.reporting.report import Report
 
 __all__ = ["OutputFolder"]
 
@@ -36,6 +38,12 @@ class OutputFolder:
     def engine(self, backend: str, target: str) -> Path:
         """Return the path of an engine; its sidecar has `.json` appended."""
         return self.path / "engines" / f"{backend}-{target}.engine"
+
+    def write_report(self, report: Report, plan: Plan) -> None:
+        """Write report.json and report.html."""
+        from lsp_deploy.reporting.report import write_report
+
+        write_report(report, plan, self.path)
 
     @classmethod
     def open(cls, path: Path, model: Path, recipe: Recipe, *, force: bool) -> OutputFolder:

@@ -13,18 +13,18 @@ __all__ = ["activation_scale", "fake_quantize", "output_sqnr_db", "round_scale",
 
 ComputeType = Literal["fp32", "fp16", "bf16"]
 
-# 100 keeps the largest value; the others clip the rare outliers that would coarsen the grid for everything else.
-PERCENTILES = (100.0, 99.9999, 99.999, 99.99, 99.9)
+# One in 100,000: what lies above is so rare that clipping it costs less than the coarser grid it would need.
+# Measured on DeiT-Tiny, linear-only int8, error of the logits: 99.99 %: 6.6 %; 99.999 %: 1.6 %; the maximum: 3.4 %.
+PERCENTILE = 99.999
 _SMALLEST_SCALE = 1e-6  # a tensor of zeros still needs a scale, and one that float16 can hold
 
 
 def activation_scale(histogram: Histogram, compute_type: ComputeType) -> float:
-    """Return a tensor's int8 scale: the percentile of |x| with the least mean squared error, over 127.
+    """Return a tensor's int8 scale: the 99.999th percentile of |x|, over 127.
 
     The scale is one that `compute_type` holds exactly, since the file stores it in that type.
     """
-    candidates = np.array([histogram.percentile(percent) / 127 for percent in PERCENTILES], np.float32)
-    return float(min(round_scale(candidates, compute_type), key=histogram.quantization_error))
+    return float(round_scale(np.array([histogram.percentile(PERCENTILE) / 127], np.float32), compute_type)[0])
 
 
 def weight_scale(weight: NDArray[np.float32], compute_type: ComputeType) -> NDArray[np.float32]:
