@@ -43,7 +43,7 @@ def assign_roles(flow: DataFlow, rows: Mapping[ir.Node, int], residual: Mapping[
             return "qkv"
         if x in product_values:
             return "proj"
-        if x in image_values and (_leads_on(flow, node) or node.op_type == "Conv"):
+        if x in image_values and (node.op_type == "Conv" or (_leads_on(flow, node) and node not in fc1)):
             return "patch"
         if not _leads_on(flow, node) and residual[node] is None:
             return "head"
