@@ -151,7 +151,7 @@ def run_dataset(
         raise UserError(f"the model has no output {name}; it has {', '.join(engine.outputs)}")
     parts = []
     with console.progress(description, len(dataset)) as advance:
-        for count, outputs in _runs(engine, dataset, batch_size):
+        for count, _, outputs in _runs(engine, dataset, batch_size):
             parts.append(_cut(outputs[name], count, name))
             advance(count)
     return np.concatenate(parts)
@@ -190,23 +190,23 @@ def layer_sqnr(
             for model, names in zip((dense, compressed), zip(*pairs.values(), strict=True), strict=True)
         ]
         both = (_runs(engine, dataset, batch_size) for engine in engines)
-        for (count, ours), (_, theirs) in zip(*both, strict=True):
+        for (count, size, ours), (_, _, theirs) in zip(*both, strict=True):
             for layer, (a, b) in pairs.items():
                 if ours[a].shape != theirs[b].shape:
                     raise UserError(f"{layer}: {a} is {ours[a].shape} but {b} is {theirs[b].shape}")
-                totals[layer] += _energies(ours[a], theirs[b])
+                totals[layer] += _energies(*(_without_padding(value, count, size) for value in (ours[a], theirs[b])))
             advance(count)
     return {layer: _decibels(signal, noise) for layer, (signal, noise) in totals.items()}
 
 
-def _runs(engine: Engine, dataset: Batches, batch_size: int) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-    """Yield how many samples a run held, and its outputs."""
+def _runs(engine: Engine, dataset: Batches, batch_size: int) -> Iterator[tuple[int, int, dict[str, NDArray[Any]]]]:
+    """Yield how many samples a run held, its size with padding, and its outputs."""
     fixed = _fixed_batch(engine)
     for feeds in dataset.batches(fixed or batch_size):
         count = len(next(iter(feeds.values())))
         if fixed is not None and count < fixed:
             feeds = {name: np.concatenate([value, *repeat(value[-1:], fixed - count)]) for name, value in feeds.items()}
-        yield count, engine.run(feeds)
+        yield count, max(count, fixed or 0), engine.run(feeds)
 
 
 def _fixed_batch(engine: Engine) -> int | None:
@@ -218,6 +218,13 @@ def _cut(value: NDArray[Any], count: int, name: str) -> NDArray[Any]:
     if value.ndim == 0 or len(value) < count:
         raise UserError(f"output {name} of shape {list(value.shape)} has no batch dimension; name another output")
     return value[:count]
+
+
+def _without_padding(value: NDArray[Any], count: int, size: int) -> NDArray[Any]:
+    """Cut an inner value, whose first dimension is the batch alone or merged with tokens or windows."""
+    if count == size or value.ndim == 0 or len(value) % size:
+        return value
+    return value[: len(value) // size * count]
 
 
 def _answers(dense: NDArray[Any], compressed: NDArray[Any], finite: NDArray[np.bool_]) -> dict[str, Any]:

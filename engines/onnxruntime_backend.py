@@ -14,6 +14,7 @@ import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as _state  # type: ignore[import-untyped, unused-ignore]
 
+from lsp_deploy.engines.feeds import check_feeds
 from lsp_deploy.engines.host import available_cpus, cpu_model
 from lsp_deploy.engines.onnxruntime_layers import optimized_layers
 from lsp_deploy.engines.protocol import (
@@ -176,7 +177,7 @@ class OnnxRuntimeEngine:
         Raises:
             UserError: an input is missing, unknown, or of another shape or type; or the model fails on it.
         """
-        checked = self._check(feeds)
+        checked = check_feeds(feeds, self.inputs, self._label)
         names = [name for name in self.outputs if name not in self._echoes]
         try:
             values = self._session.run(names, checked)
@@ -202,26 +203,6 @@ class OnnxRuntimeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        if feeds.keys() != self.inputs.keys():
-            wanted, given = ", ".join(self.inputs), ", ".join(feeds) or "none"
-            raise UserError(f"{self._label} takes the inputs {wanted}; given: {given}")
-        checked = {}
-        for name, spec in self.inputs.items():
-            value = np.asarray(feeds[name])
-            fits = len(value.shape) == len(spec.shape) and all(
-                isinstance(wanted, str) or wanted == size for wanted, size in zip(spec.shape, value.shape, strict=True)
-            )
-            if not fits:
-                raise UserError(
-                    f"input {name} of {self._label}: expected the shape {_shape(spec.shape)}, got {_shape(value.shape)}"
-                )
-            both_float = np.issubdtype(value.dtype, np.floating) and np.issubdtype(spec.dtype, np.floating)
-            if value.dtype != spec.dtype and not both_float:
-                raise UserError(f"input {name} of {self._label}: expected {spec.dtype}, got {value.dtype}")
-            checked[name] = value.astype(spec.dtype, copy=False)
-        return checked
 
 
 class OnnxRuntimeBackend:
@@ -329,10 +310,6 @@ def _spec(value: Any, label: str) -> TensorSpec:
         )
     shape = tuple(size if isinstance(size, (int, str)) else "?" for size in value.shape)
     return TensorSpec(np.dtype(_DTYPES[value.type]), shape)
-
-
-def _shape(shape: Sequence[int | str]) -> str:
-    return "x".join(str(size) for size in shape) or "scalar"
 
 
 def _without_effect(options: BuildOptions) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
+from lsp_deploy.engines.compute_types import compute_type
 from lsp_deploy.engines.protocol import LayerRecord
 
 __all__ = ["optimized_layers"]
@@ -27,8 +28,6 @@ _INT8_KERNELS = frozenset(
     }
 )
 _TYPE_NAMES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64"}
-# Of operands of several types, the widest float is what the node computes in.
-_FLOATS = ("fp64", "fp32", "bf16", "fp16")
 _BOOKKEEPING = frozenset({"int64", "int32", "bool"})
 
 
@@ -82,17 +81,12 @@ def _record(node: ir.Node, types: dict[str, str], sources: set[str | None]) -> L
     return LayerRecord(
         name=node.name or node.op_type,
         kind=node.op_type,
-        precision="int8" if is_int8 else _widest([*input_types, *constant_types, *output_types]),
+        precision="int8" if is_int8 else compute_type([*input_types, *constant_types, *output_types]),
         input_types=input_types,
         constant_types=constant_types,
         output_types=output_types,
         onnx_nodes=[str(node.name)] if node.name in sources else [],
     )
-
-
-def _widest(types: Iterable[str]) -> str:
-    given = list(types)
-    return next((name for name in _FLOATS if name in given), given[0] if given else "none")
 
 
 def _short(name: str) -> str:

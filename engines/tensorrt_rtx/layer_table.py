@@ -1,0 +1,89 @@
+"""The fused layers of an engine, read from the table that TensorRT-RTX logs when it has built it.
+
+An engine cannot be inspected without a GPU, and this table is what there is instead. Its format is not documented, so
+a line that does not look like one is given back, not guessed at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lsp_deploy.engines.compute_types import compute_type
+from lsp_deploy.engines.protocol import LayerRecord
+
+__all__ = ["TABLE_HEAD", "LayerTable", "parse_layer_table"]
+
+TABLE_HEAD = "Layers:\n"
+
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<origin>.*)"
+)
+_TENSOR = re.compile(r"Dimensions: \[(?P<dimensions>[-\d,]*)\].*?Datatype: (?P<type>\w+)")
+# Origins are set apart by a unit separator.
+_ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f?\[ONNX Layer: |$)")
+_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16"}
+_MATRIX_KINDS = frozenset({"gemm", "correlation", "runtime_fusion"})
+
+
+class LayerTable(NamedTuple):
+    """The layers, and the lines that could not be read."""
+
+    layers: list[LayerRecord]
+    unread: list[str]
+
+
+def parse_layer_table(message: str) -> LayerTable:
+    """Read the log message that begins with `Layers:`; the table ends at its first empty line.
+
+    The precision of a matrix product is its operands': int8 only where activations and weights both are.
+    """
+    table, _, _ = message.removeprefix(TABLE_HEAD).partition("\n\n")
+    layers, unread = [], []
+    for line in table.split("\n"):
+        match = _LAYER.fullmatch(line.strip())
+        if match is not None:
+            layers.append(_record(match))
+        elif line.strip():
+            unread.append(line)
+    return LayerTable(layers, unread)
+
+
+def _record(match: re.Match[str]) -> LayerRecord:
+    inputs, constants, outputs = (_tensors(match[name]) for name in ("inputs", "constants", "outputs"))
+    operands = inputs or outputs
+    if match["kind"] in _MATRIX_KINDS:
+        operands = [*inputs, *(tensor for tensor in constants if _is_matrix(tensor))]
+    return LayerRecord(
+        name=match["name"],
+        kind=match["kind"],
+        precision=compute_type(tensor.type for tensor in operands),
+        input_types=[tensor.type for tensor in inputs],
+        constant_types=[tensor.type for tensor in constants],
+        output_types=[tensor.type for tensor in outputs],
+        tactic=match["tactic"],
+        onnx_nodes=_ORIGIN.findall(match["origin"]),
+    )
+
+
+class _Tensor(NamedTuple):
+    dimensions: Sequence[int]
+    type: str
+
+
+def _tensors(text: str) -> list[_Tensor]:
+    return [
+        _Tensor([int(size) for size in found["dimensions"].split(",") if size], _type(found["type"]))
+        for found in _TENSOR.finditer(text)
+    ]
+
+
+def _type(name: str) -> str:
+    return _TYPES.get(name, name.lower())
+
+
+def _is_matrix(tensor: _Tensor) -> bool:
+    """Tell weights from biases, scales and the like, which have one extended dimension at most."""
+    return sum(size > 1 for size in tensor.dimensions) >= 2
