@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lsp_deploy.errors import UserError
 from lsp_deploy.model import model_bytes
@@ -71,6 +72,7 @@ def _probe(model: ir.Model, shapes: Mapping[str, Sequence[int]], names: Sequence
         node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         graph.append(node)
         graph.outputs.append(node.outputs[0])
+    RemoveUnusedNodesPass()(probe)  # ONNX Runtime computes what nothing reads
     _drop_weights(graph)
     return probe
 
