@@ -1,30 +1,61 @@
-"""The plan as a table, for `--dry-run`."""
+"""Plans as tables: every layer for `--dry-run`, and the reasons in groups."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lsp_deploy.plan import Plan
+from lsp_deploy.reporting import formatting
+from lsp_deploy.reporting.layer_rows import layer_rows
+from lsp_deploy.reporting.reasons import precision_groups, sparsity_groups
+from lsp_deploy.reporting.sections import LayerRow
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
-__all__ = ["plan_table"]
+__all__ = ["plan_table", "reason_table"]
 
 
-def plan_table(plan: Plan) -> Table:
-    """Return a table of every layer's decisions and reasons."""
-    from rich.markup import escape
+def plan_table(plan: Plan) -> Group:
+    """Return what `--dry-run` prints: every layer's decision, then the reasons."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"plan for {plan.target}: what would be done")
-    for column in ("layer", "role", "K × N", "zeros", "type", "why"):
-        table.add_column(column, overflow="fold")
-    for layer in plan.layers:
-        sparsity = layer.sparsity
-        zeros = "dense" if sparsity.pattern == "dense" else f"{sparsity.pattern} {sparsity.zeros:.0%}"
-        why = f"{layer.precision.reason}; {sparsity.reason}"
-        table.add_row(
-            escape(layer.name), layer.role, f"{layer.K} × {layer.N}", zeros, layer.precision.dtype, escape(why)
-        )
+    title = Text(f"plan for {plan.target}, compute type {plan.compute_type}: what would be done")
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("role")
+    table.add_column("K × N", justify="right", no_wrap=True)
+    table.add_column("zeros", no_wrap=True)
+    table.add_column("type")
+    rows = layer_rows(plan, None)
+    for row in rows:
+        sparsity = row.sparsity
+        zeros = f" {formatting.percent(sparsity.zeros_percent)}" if sparsity.pattern != "dense" else ""
+        cells = (row.name, row.role, f"{row.K} × {row.N}", sparsity.pattern + zeros, row.precision.dtype)
+        table.add_row(*(Text(cell) for cell in cells))
+    return Group(table, Text(), reason_table(rows))
+
+
+def reason_table(layers: Sequence[LayerRow], *, most: int | None = None) -> Table:
+    """Return why layers are what they are, in groups: at most `most` for types and as many for zeros."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for topic, groups in (("types", precision_groups(layers)), ("zeros", sparsity_groups(layers))):
+        shown = groups[:most]
+        for number, group in enumerate(shown):
+            cells = (topic if number == 0 else "", str(len(group.layers)), group.outcome, group.reason)
+            table.add_row(*(Text(cell) for cell in cells))
+        rest = sum(len(group.layers) for group in groups[len(shown) :])
+        if rest:
+            table.add_row("", str(rest), "", "for other reasons: see report.html")
     return table

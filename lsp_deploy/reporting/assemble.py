@@ -1,0 +1,379 @@
+"""From the results of a run to its report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsp_deploy import __version__
+from lsp_deploy.allocation.decide import DEFAULT_MAX_DROP
+from lsp_deploy.plan import Plan
+from lsp_deploy.reporting.layer_rows import layer_rows
+from lsp_deploy.reporting.report import Report
+from lsp_deploy.reporting.sections import (
+    BudgetSection,
+    DataSection,
+    DataSource,
+    EngineSection,
+    FidelitySection,
+    FlopsSection,
+    HostSection,
+    LayerRow,
+    ModelSection,
+    OutputFile,
+    ProfileRow,
+    RunSection,
+    SizeSection,
+    SpeedupRow,
+    TargetSection,
+    TensorInfo,
+)
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lsp_deploy.building import Built
+    from lsp_deploy.calibration import CalibrationData
+    from lsp_deploy.data import Dataset
+    from lsp_deploy.engines.fidelity import Fidelity
+    from lsp_deploy.engines.profiler import Profile
+    from lsp_deploy.hardware.target import Target
+    from lsp_deploy.measuring import Measured
+    from lsp_deploy.output_folder import OutputFolder
+    from lsp_deploy.preparation import PreparedModel
+    from lsp_deploy.recipe import Recipe
+
+__all__ = ["assemble"]
+
+_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxruntime")
+
+
+def assemble(
+    prepared: PreparedModel,
+    data: CalibrationData,
+    plan: Plan,
+    target: Target,
+    recipe: Recipe,
+    built: Built,
+    measured: Measured,
+    stage_seconds: Mapping[str, float],
+    output: OutputFolder,
+    command: str,
+) -> Report:
+    """Return the report of a run whose model, plan and engine are written into `output`."""
+    layers = layer_rows(plan, built.info)
+    budget = _budget(measured.fidelity, recipe)
+    profiles = [_profile(profile, label, target) for label, profile in measured.profiles.items()]
+    return Report(
+        tool_version=__version__,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=command,
+        notes=list(data.notes),
+        warnings=_warnings(data, layers, budget, built, measured, target),
+        model=_model(prepared, plan),
+        target=TargetSection(
+            name=target.name,
+            title=target.title,
+            compute_capability=target.compute_capability,
+            compute_type=plan.compute_type,
+            sha256=target.sha256,
+        ),
+        data=_data(prepared, data, recipe),
+        size=_size(prepared, output),
+        flops=_flops(prepared, plan),
+        layers=layers,
+        fidelity=_fidelity(measured.fidelity),
+        budget=budget,
+        profiles=profiles,
+        speedups=_speedups(measured.profiles),
+        engine=_engine(built, output),
+        host=_host(measured.profiles),
+        run=RunSection(stage_seconds=dict(stage_seconds), peak_memory_bytes=_peak_memory_bytes()),
+        outputs=_outputs(output, built),
+    )
+
+
+def _model(prepared: PreparedModel, plan: Plan) -> ModelSection:
+    original = prepared.original
+    tensors = [value.const_value for value in original.graph.initializers.values() if value.const_value is not None]
+    return ModelSection(
+        file=prepared.path.name,
+        sha256=prepared.sha256,
+        size_bytes=_model_bytes(prepared),
+        parameters=sum(int(tensor.size) for tensor in tensors),
+        opset_before=original.opset_imports[""],
+        opset_after=plan.opset,
+        inputs=[_tensor(value) for value in original.graph.inputs if not value.is_initializer()],
+        outputs=[_tensor(value) for value in original.graph.outputs],
+        io_types=plan.io_types,
+    )
+
+
+def _tensor(value: ir.Value) -> TensorInfo:
+    dimensions = () if value.shape is None else value.shape
+    shape = [size if isinstance(size, int) else str(size.value or "?") for size in dimensions]
+    return TensorInfo(name=str(value.name), dtype=value.dtype.name.lower() if value.dtype else "unknown", shape=shape)
+
+
+def _data(prepared: PreparedModel, data: CalibrationData, recipe: Recipe) -> DataSection:
+    words = _preprocess_words(prepared, recipe)
+    return DataSection(
+        calibration=_source(data.calibration, words, data.preprocess_from),
+        held_out=_source(data.held_out, words, data.preprocess_from),
+        held_out_from=data.held_out_from,
+    )
+
+
+def _source(dataset: Dataset, preprocess: str, preprocess_from: str) -> DataSource:
+    images = dataset.kind == "images"
+    return DataSource(
+        source=dataset.name,
+        kind=dataset.kind,
+        samples=len(dataset),
+        skipped=dataset.skipped,
+        labelled=dataset.labels is not None,
+        preprocess=preprocess if images else None,
+        preprocess_from=preprocess_from if images else None,
+        identity=dataset.identity,
+    )
+
+
+def _preprocess_words(prepared: PreparedModel, recipe: Recipe) -> str:
+    from lsp_deploy.data import load_preprocess
+
+    size = next(((shape[-2], shape[-1]) for shape in prepared.shapes.opt.values() if len(shape) == 4), (0, 0))
+    settings, _ = load_preprocess(recipe.preprocess, prepared.original.metadata_props, size)
+    words = []
+    for key, value in settings.model_dump(exclude_none=True).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        words.append(f"{key} {' '.join(f'{one:.6g}' if isinstance(one, float) else str(one) for one in numbers)}")
+    return ", ".join(words)
+
+
+def _model_bytes(prepared: PreparedModel) -> int:
+    import onnx_ir as ir
+
+    tensors = [value.const_value for value in prepared.original.graph.initializers.values()]
+    external = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return sum(path.stat().st_size for path in (prepared.path, *external))
+
+
+def _size(prepared: PreparedModel, output: OutputFolder) -> SizeSection:
+    dense = _model_bytes(prepared)
+    compressed = sum(path.stat().st_size for path in _written_model(output))
+    return SizeSection(
+        dense_bytes=dense, compressed_bytes=compressed, compressed_percent=round(100 * compressed / dense, 3)
+    )
+
+
+def _written_model(output: OutputFolder) -> list[Path]:
+    return [path for path in (output.model, output.model.with_name(f"{output.model.name}.data")) if path.exists()]
+
+
+def _flops(prepared: PreparedModel, plan: Plan) -> FlopsSection:
+    dense = sum(layer.flops for layer in plan.layers)
+    remaining = round(sum(layer.flops * (1 - layer.sparsity.zeros) for layer in plan.layers))
+    attention = prepared.attention_flops
+    return FlopsSection(
+        batch=next(iter(prepared.shapes.opt.values()))[0],
+        linear_dense_flops=dense,
+        linear_remaining_flops=remaining,
+        attention_flops=attention,
+        linear_remaining_fraction=remaining / dense,
+        model_remaining_fraction=(remaining + attention) / (dense + attention),
+    )
+
+
+def _fidelity(fidelity: Fidelity) -> FidelitySection:
+    return FidelitySection(
+        samples=fidelity.samples,
+        top1_dense_percent=fidelity.dense_top1_percent,
+        top1_compressed_percent=fidelity.compressed_top1_percent,
+        top5_dense_percent=fidelity.dense_top5_percent,
+        top5_compressed_percent=fidelity.compressed_top5_percent,
+        agreement_percent=fidelity.agreement_percent,
+        cosine=fidelity.cosine,
+        sqnr_db=fidelity.sqnr_db,
+        non_finite_samples=fidelity.non_finite_samples,
+        expected_drop_points=fidelity.expected_drop_points,
+        expected_drop_low_points=fidelity.expected_drop_low_points,
+        expected_drop_high_points=fidelity.expected_drop_high_points,
+        measured_drop_points=fidelity.measured_drop_points,
+        measured_drop_low_points=fidelity.measured_drop_low_points,
+        measured_drop_high_points=fidelity.measured_drop_high_points,
+        only_dense_right=fidelity.only_dense_right,
+        only_compressed_right=fidelity.only_compressed_right,
+    )
+
+
+def _budget(fidelity: Fidelity, recipe: Recipe) -> BudgetSection | None:
+    from lsp_deploy.evaluation import decisive_drop
+
+    if fidelity.expected_drop_points is None:
+        return None
+    budget = DEFAULT_MAX_DROP if recipe.max_drop is None else recipe.max_drop
+    drop, measure, low, high = decisive_drop(fidelity)
+    too_wide = high - low > budget
+    return BudgetSection(
+        max_drop_points=budget,
+        typed=recipe.max_drop is not None,
+        measure="measured" if measure == "measured" else "expected",
+        drop_points=drop,
+        low_points=low,
+        high_points=high,
+        met=drop <= budget,
+        warning=(
+            f"the drop is known to {low:.2f} to {high:.2f} points only, an interval wider than the budget of "
+            f"{budget:g}: more held-out images would settle it"
+            if too_wide
+            else None
+        ),
+    )
+
+
+def _profile(profile: Profile, label: str, target: Target) -> ProfileRow:
+    if target.kind == "cpu":
+        what = "the model on its target"
+    else:
+        what = f"the model's float32 twin on this host's CPU: says nothing about the speed of {target.name}"
+    return ProfileRow(
+        label="dense" if label == "dense" else "compressed",
+        device=profile.device,
+        what=what,
+        batch=profile.batch,
+        threads=profile.threads,
+        latency_min_ms=profile.latency_min_ms,
+        latency_median_ms=profile.latency_median_ms,
+        latency_p90_ms=profile.latency_p90_ms,
+        latency_p99_ms=profile.latency_p99_ms,
+        spread_percent=100 * profile.spread,
+        throughput_per_s=profile.throughput_per_s,
+        runs=profile.runs,
+        blocks=profile.blocks,
+        discarded_blocks=profile.discarded_blocks,
+        warm_up_seconds=profile.conditions.warm_up_seconds,
+        governor=profile.conditions.governor,
+    )
+
+
+def _speedups(profiles: Mapping[str, Profile]) -> list[SpeedupRow]:
+    from lsp_deploy.engines.profiler import latency_ratio
+
+    if not {"dense", "compressed"} <= profiles.keys():
+        return []
+    dense, compressed = profiles["dense"], profiles["compressed"]
+    ratio = latency_ratio(dense, compressed)
+    return [
+        SpeedupRow(
+            device=compressed.device,
+            batch=compressed.batch,
+            median_ratio=ratio.median,
+            low_ratio=ratio.low,
+            high_ratio=ratio.high,
+            rounds=ratio.rounds,
+        )
+    ]
+
+
+def _engine(built: Built, output: OutputFolder) -> EngineSection:
+    from lsp_deploy.engines.protocol import layer_counts
+
+    info = built.info
+    if info is None:
+        return EngineSection(built=False, not_built_reason=built.not_built)
+    path = output.engine(info.backend, info.target)
+    return EngineSection(
+        built=True,
+        backend=info.backend,
+        file=path.relative_to(output.path).as_posix(),
+        sha256=info.sha256,
+        size_bytes=info.size_bytes,
+        compute_capability=info.compute_capability,
+        versions=info.versions,
+        build_seconds=info.build_seconds,
+        layer_counts=layer_counts(info.layers),
+        warnings=list(info.warnings),
+    )
+
+
+def _host(profiles: Mapping[str, Profile]) -> HostSection:
+    from lsp_deploy.engines.host import available_cpus, cpu_model
+
+    threads = next((profile.threads for profile in profiles.values() if profile.threads), None)
+    return HostSection(
+        cpu=cpu_model(),
+        threads=threads or len(available_cpus()),
+        platform=f"{platform.system()} {platform.machine()}",
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+    )
+
+
+def _peak_memory_bytes() -> int:
+    """Return the largest resident set of this process or of a child that ended, whichever is larger."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(one).ru_maxrss for one in who) * unit
+
+
+def _outputs(output: OutputFolder, built: Built) -> list[OutputFile]:
+    from lsp_deploy.engines.protocol import sidecar_path
+
+    files = [(path, "the compressed model") for path in _written_model(output)]
+    files += [
+        (output.plan, "every layer's decision and its reason; edit it, and --plan carries it out"),
+        (output.plan.with_suffix(".safetensors"), "masks and scales that belong to the plan"),
+    ]
+    if built.info is not None:
+        engine = output.engine(built.info.backend, built.info.target)
+        files += [(engine, "the engine"), (sidecar_path(engine), "what the engine is, with its layer table")]
+    written = [
+        OutputFile(name=path.relative_to(output.path).as_posix(), what=what, size_bytes=path.stat().st_size)
+        for path, what in files
+        if path.exists()
+    ]
+    reports = (("report.json", "this report, for programs"), ("report.html", "this report, for people"))
+    return [*written, *(OutputFile(name=name, what=what) for name, what in reports)]
+
+
+def _warnings(
+    data: CalibrationData,
+    layers: Sequence[LayerRow],
+    budget: BudgetSection | None,
+    built: Built,
+    measured: Measured,
+    target: Target,
+) -> list[str]:
+    warnings = list(built.failures)
+    if measured.fidelity.non_finite_samples:
+        warnings.append(f"the compressed model gave NaN or infinity for {measured.fidelity.non_finite_samples} samples")
+    if budget is not None and not budget.met:
+        warnings.append(
+            f"the {budget.measure} drop is {budget.drop_points:.2f} points, above the budget of "
+            f"{budget.max_drop_points:g}"
+        )
+    if budget is not None and budget.warning:
+        warnings.append(budget.warning)
+    if data.preprocess_from == "default" and data.calibration.kind == "images":
+        warnings.append("the model does not say how its images are prepared: `imagenet` was assumed (--preprocess)")
+    skipped = {dataset.name: dataset.skipped for dataset in (data.calibration, data.held_out) if dataset.skipped}
+    warnings += [f"{number} images of {name} did not decode and were skipped" for name, number in skipped.items()]
+    other = [layer for layer in layers if layer.engine.matches_request is False]
+    if other:
+        warnings.append(
+            f"the engine computes {len(other)} of {len(layers)} linear layers in another element type than asked: "
+            f"{other[0].name}: {other[0].engine.note}{' and others' if len(other) > 1 else ''}"
+        )
+    if any(layer.sparsity.pattern == "block" for layer in layers):
+        warnings.append("no engine gains from block zeros yet: they stay in ordinary MatMuls, at the dense speed")
+    if any(layer.sparsity.pattern == "2:4" and layer.engine.uses_two_four is False for layer in layers):
+        warnings.append(f"the {target.name} engine has no 2:4 kernel for some layers: their zeros gain no speed there")
+    return warnings

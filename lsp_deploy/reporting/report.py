@@ -1,0 +1,81 @@
+"""The report: what a run did, what it cost, and why; report.json holds it, report.html shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from lsp_deploy.files import write_text
+from lsp_deploy.plan import Plan
+from lsp_deploy.reporting.sections import (
+    BudgetSection,
+    DataSection,
+    EngineSection,
+    FidelitySection,
+    FlopsSection,
+    HostSection,
+    LayerRow,
+    ModelSection,
+    OutputFile,
+    PowerSection,
+    ProfileRow,
+    RunSection,
+    Section,
+    SizeSection,
+    SpeedupRow,
+    TargetSection,
+)
+
+__all__ = ["Report", "report_schema", "write_report"]
+
+
+class Report(Section):
+    """The measured account of one run; every number has its unit in its name."""
+
+    format: Literal["lsp-deploy.report.v1"] = Field("lsp-deploy.report.v1", description="of this file")
+    tool_version: str = Field(description="of lsp-deploy")
+    created: str = Field(description="UTC, ISO 8601")
+    command: str = Field(description="as typed, without the program's name")
+    notes: list[str] = Field(default_factory=list, description="what a reader must know first, most important first")
+    warnings: list[str] = Field(default_factory=list, description="what may be wrong with this result")
+    model: ModelSection = Field(description="the model that went in")
+    target: TargetSection = Field(description="the hardware it was compressed for")
+    data: DataSection = Field(description="the samples used")
+    size: SizeSection = Field(description="files before and after")
+    flops: FlopsSection = Field(description="work before and after")
+    layers: list[LayerRow] = Field(description="every linear layer, in graph order")
+    fidelity: FidelitySection | None = Field(None, description="answers before and after; null: not measured")
+    budget: BudgetSection | None = Field(None, description="the loss budget; null for a model without class output")
+    profiles: list[ProfileRow] = Field(default_factory=list, description="latency before and after")
+    speedups: list[SpeedupRow] = Field(default_factory=list, description="ratio of latencies, dense by compressed")
+    power: PowerSection = Field(default_factory=PowerSection, description="power and energy")
+    engine: EngineSection = Field(description="the target's engine")
+    host: HostSection = Field(description="the machine that measured")
+    run: RunSection = Field(description="what the run itself took")
+    outputs: list[OutputFile] = Field(default_factory=list, description="files written")
+
+
+def write_report(report: Report, plan: Plan, directory: Path) -> None:
+    """Write report.json and report.html into `directory`, each atomically.
+
+    Args:
+        report: the account of the run.
+        plan: its masks are drawn in the page.
+        directory: an existing folder.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    from lsp_deploy.reporting.page import render_page
+
+    page = render_page(report, plan)
+    write_text(directory / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_text(directory / "report.html", page)
+
+
+def report_schema() -> str:
+    """Return the JSON schema of report.json."""
+    return json.dumps(Report.model_json_schema(), indent=1) + "\n"
