@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -41,7 +42,7 @@ def measure_shapes(
     shown = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
     try:
         session = ort.InferenceSession(model_bytes(probe), options, providers=["CPUExecutionProvider"])
-        outputs = session.run(None, _zeros(probe, shapes))
+        outputs = session.run_with_ort_values(None, _zeros(probe, shapes))
     except (
         state.Fail,
         state.InvalidArgument,
@@ -51,7 +52,7 @@ def measure_shapes(
         state.RuntimeException,
     ) as error:
         raise UserError(f"ONNX Runtime cannot run the model at {shown}: {_first_line(error)}") from error
-    return {name: tuple(int(size) for size in output) for name, output in zip(names, outputs, strict=True)}
+    return {name: tuple(output.numpy().tolist()) for name, output in zip(names, outputs, strict=True)}
 
 
 def _probe(model: ir.Model, shapes: Mapping[str, Sequence[int]], names: Sequence[str]) -> ir.Model:
@@ -96,14 +97,23 @@ def _drop_weights(graph: ir.Graph) -> None:
             graph.inputs.remove(value)
 
 
-def _zeros(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+def _zeros(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return an OrtValue of zeros for each input; numpy alone has no 16-bit brain floats to feed."""
+    import onnxruntime as ort
+
     feeds = {}
     for value in model.graph.inputs:
         if value.is_initializer():
             continue
         if value.dtype is None or value.dtype == ir.DataType.STRING:
             raise UserError(f"input {value.name} is not a tensor of numbers; export the model without it")
-        feeds[str(value.name)] = np.zeros(shapes[str(value.name)], value.dtype.numpy())
+        shape = shapes[str(value.name)]
+        if value.dtype == ir.DataType.BFLOAT16:
+            bits = np.zeros(shape, np.uint16)
+            feed = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(value.dtype))
+        else:
+            feed = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, value.dtype.numpy()))
+        feeds[str(value.name)] = feed
     return feeds
 
 

@@ -547,3 +547,9 @@ def test_half_precision_weights_stay_half(tmp_path: Path) -> None:
     (value,) = model.graph.initializers.values()
     assert value.dtype == ir.DataType.FLOAT16
     np.testing.assert_allclose(layer.weight(), W * 2, rtol=1e-3, atol=1e-3)
+
+
+def test_brain_float_files_are_read(tmp_path: Path) -> None:
+    weight = W.astype(ml_dtypes.bfloat16)
+    model = build(tmp_path, [node("MatMul", "x w", "y")], {"w": weight}, x_type=TensorProto.BFLOAT16)
+    np.testing.assert_array_equal(only(model).weight(), weight.astype(np.float32))
