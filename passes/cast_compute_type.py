@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
+from lsp_deploy.errors import UserError
 from lsp_deploy.passes.float32_uses import TYPED_BY_ATTRIBUTE, float32_uses
 from lsp_deploy.passes.layer_weights import add_initializer
 from lsp_deploy.passes.round_constants import round_constant
@@ -46,11 +47,8 @@ class CastComputeTypePass(ir.passes.InPlacePass):
         self.keep_io = keep_io
 
     def requires(self, model: ir.Model) -> None:
-        """Check that element types are known, none is 16-bit yet, and the opset has 16-bit scales if there is Q/DQ."""
-        values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs if value.name)]
-        for value in values:
-            if value.type is None:
-                raise ir.passes.PreconditionError(f"the element type of {value.name} is not known; infer shapes first")
+        """Check that nothing is 16-bit yet, and that the opset has 16-bit scales if there is Q/DQ."""
+        for value in _computed(model.graph):
             if value.dtype in _DTYPES.values():
                 raise ir.passes.PreconditionError(f"{value.name} is 16-bit already; ToFloat32Pass comes first")
         opset = model.opset_imports.get("", 0)
@@ -63,8 +61,10 @@ class CastComputeTypePass(ir.passes.InPlacePass):
         """Cast the graph.
 
         Raises:
-            UserError: a weight that the type cannot hold, or a scale that it holds too coarsely.
+            UserError: a weight that the type cannot hold, a scale that it holds too coarsely, or an operator of which
+                not even the element type of its result is known.
         """
+        _infer_missing_types(model)
         original = io_types(model)
         # As initializers, constants are read as they are or rounded once, never rounded and widened again.
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -74,14 +74,32 @@ class CastComputeTypePass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified)
 
 
+def _infer_missing_types(model: ir.Model) -> None:
+    if all(value.type is not None for value in _computed(model.graph)):
+        return
+    ShapeInferencePass()(model)
+    for value in _computed(model.graph):
+        if value.type is None:
+            node = value.producer()
+            operator = "input" if node is None else f"{node.domain or 'ai.onnx'}::{node.op_type} {node.name}"
+            raise UserError(
+                f"the element type of {value.name} ({operator}) is not known, so that the model cannot be made 16-bit; "
+                "export it with standard operators or use --precision fp32"
+            )
+
+
+def _computed(graph: ir.Graph) -> list[ir.Value]:
+    """Return the graph's inputs and all node outputs that have a name."""
+    inputs = [value for value in graph.inputs if not value.is_initializer()]
+    return inputs + [value for node in graph for value in node.outputs if value.name]
+
+
 def _cast_graph(model: ir.Model, dtype: ir.DataType) -> bool:
     """Cast the main graph; return whether there was anything to cast."""
     graph = model.graph
     float32_inputs, float32_outputs = float32_uses(model, dtype)
     constants = [value for value in graph.initializers.values() if _is_float(value)]
-    computed = [value for value in graph.inputs if not value.is_initializer()]
-    computed += [value for node in graph for value in node.outputs]
-    computed = [value for value in computed if _is_float(value)]
+    computed = [value for value in _computed(graph) if _is_float(value)]
     for value in constants:
         wide, narrow = _split(value, float32_inputs)
         _round_initializer(graph, value, dtype, wide, narrow)

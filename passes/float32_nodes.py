@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
+import ml_dtypes
 import onnx_ir as ir
 
 __all__ = ["nodes_kept_in_float32"]
@@ -79,9 +79,10 @@ def _is_square(node: ir.Node) -> bool:
 
 
 def _guarded_divisions(graph: ir.Graph, dtype: ir.DataType) -> Iterator[ir.Node]:
+    smallest = float(ml_dtypes.finfo(dtype.numpy()).smallest_subnormal)  # type: ignore[no-untyped-call]
+
     def vanishes(value: ir.Value | None) -> bool:
-        scalar = _scalar(value)
-        return bool(scalar) and not float(np.asarray(scalar).astype(dtype.numpy()))
+        return 0 < abs(_scalar(value) or 0.0) < smallest / 2
 
     yield from _up_to_division(node for node in graph if any(vanishes(value) for value in node.inputs))
 
