@@ -37,8 +37,8 @@ def warn(text: str) -> None:
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a rich renderable (a table, a panel)."""
-    _console().print(renderable)
+    """Print a rich renderable (a table, a panel); text that must not be wrapped may pass the right margin."""
+    _console().print(renderable, crop=False)
 
 
 @contextmanager

@@ -135,7 +135,13 @@ def sample_engine(plan: Plan, *, other_precision: Sequence[str] = ()) -> EngineI
 
 
 def sample_report(
-    plan: Plan, *, engine: EngineInfo | None = None, labelled: bool = True, classifier: bool = True, **changes: object
+    plan: Plan,
+    *,
+    engine: EngineInfo | None = None,
+    engine_section: object = None,
+    labelled: bool = True,
+    classifier: bool = True,
+    **changes: object,
 ) -> Report:
     """The report of a run that carried `plan` out; `engine` None: it was not built; `changes` replace whole fields."""
     linear = sum(layer.flops for layer in plan.layers)
@@ -211,7 +217,7 @@ def sample_report(
                 rounds=10,
             )
         ],
-        "engine": _engine(engine),
+        "engine": engine_section or _engine(engine),
         "host": HostSection(
             cpu="Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz",
             threads=2,

@@ -145,9 +145,9 @@ def _source(dataset: Dataset, preprocess: str, preprocess_from: str) -> DataSour
 
 
 def _preprocess_words(prepared: PreparedModel, recipe: Recipe) -> str:
-    from lsp_deploy.data import load_preprocess
+    from lsp_deploy.data import image_size, load_preprocess
 
-    size = next(((shape[-2], shape[-1]) for shape in prepared.shapes.opt.values() if len(shape) == 4), (0, 0))
+    size = image_size(prepared.shapes.opt)
     settings, _ = load_preprocess(recipe.preprocess, prepared.original.metadata_props, size)
     words = []
     for key, value in settings.model_dump(exclude_none=True).items():

@@ -100,5 +100,6 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 def _significant(value: float) -> str:
     if value <= 0:
         return "0"
+    value = float(f"{value:.3g}")
     digits = max(0, 2 - math.floor(math.log10(value)))
     return f"{value:.{min(digits, 4)}f}"

@@ -20,12 +20,13 @@ _MOST_REASONS = 6
 
 def summary_renderables(report: Report) -> list[RenderableType]:
     """Return the summary of `report` for `console.show`; it fits 40 lines of 80 columns but for long commands."""
+    from rich.console import Group
     from rich.text import Text
 
     parts: list[RenderableType] = [_before_and_after(report), reason_table(report.layers, most=_MOST_REASONS)]
-    # Commands to be pasted are not broken.
     words, *commands = _engine_lines(report)
-    parts += [Text(words), *(Text(line, no_wrap=True, overflow="ignore") for line in commands)]
+    # Commands to be pasted are not broken; in a group, because a bare Text loses that when it is printed.
+    parts += [Text(words), Group(*(Text(line, no_wrap=True, overflow="ignore") for line in commands))]
     names = ", ".join(file.name for file in report.outputs)
     parts += [Text(f"files: {names}")] if names else []
     return parts + [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]

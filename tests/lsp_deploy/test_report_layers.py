@@ -1,0 +1,123 @@
+"""The plan joined with the engine's layer table, and reasons in groups."""
+
+from __future__ import annotations
+
+import pytest
+from report_samples import sample_engine, sample_plan
+
+from lsp_deploy.engines.protocol import EngineInfo, LayerRecord
+from lsp_deploy.plan import Plan
+from lsp_deploy.reporting.layer_rows import layer_rows
+from lsp_deploy.reporting.reasons import engine_groups, precision_groups, sparsity_groups
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return sample_plan(blocks=3, width=64)
+
+
+def info(backend: str, *records: LayerRecord) -> EngineInfo:
+    return EngineInfo(backend=backend, target="a100", layers=list(records))
+
+
+def test_rows_carry_the_plan_in_its_order(plan: Plan) -> None:
+    rows = layer_rows(plan, None)
+    assert [row.name for row in rows] == [layer.name for layer in plan.layers]
+    qkv = rows[1]
+    assert (qkv.K, qkv.N, qkv.role, qkv.block) == (64, 192, "qkv", 0)
+    assert qkv.flops == 2 * qkv.M * 64 * 192
+    assert qkv.sparsity.zeros_percent == 50
+    assert qkv.precision.reason == plan.layers[1].precision.reason
+    assert qkv.time_ms is None
+
+
+def test_without_an_engine_nothing_is_claimed(plan: Plan) -> None:
+    for row in layer_rows(plan, None):
+        assert row.engine.matches_request is None
+        assert row.engine.precision is None
+        assert row.engine.note == "no engine was built"
+
+
+def test_an_engine_that_does_as_asked(plan: Plan) -> None:
+    rows = layer_rows(plan, sample_engine(plan))
+    assert all(row.engine.matches_request is True for row in rows)
+    assert {row.engine.precision for row in rows} == {"int8", "fp16"}
+
+
+def test_another_type_than_asked_is_said_in_words(plan: Plan) -> None:
+    name = plan.layers[1].name
+    rows = layer_rows(plan, sample_engine(plan, other_precision=[name]))
+    assert rows[1].engine.matches_request is False
+    assert "asked int8, the engine ran fp16 gemm" in (rows[1].engine.note or "")
+    assert [row.engine.matches_request for row in rows].count(False) == 1
+
+
+def test_a_node_that_the_table_does_not_name_is_unknown(plan: Plan) -> None:
+    row = layer_rows(plan, info("tensorrt_rtx"))[1]
+    assert row.engine.matches_request is None
+    assert "does not name" in (row.engine.note or "")
+
+
+def test_of_several_engine_layers_the_one_that_multiplies_counts(plan: Plan) -> None:
+    name = plan.layers[1].name
+    reformat = LayerRecord(name="a", kind="kgen", precision="fp16", onnx_nodes=[name])
+    gemm = LayerRecord(name="b", kind="gemm", precision="int8", onnx_nodes=[name])
+    for records in ((reformat, gemm), (gemm, reformat)):
+        assert layer_rows(plan, info("tensorrt_rtx", *records))[1].engine.layer == "b"
+
+
+@pytest.mark.parametrize(
+    ("backend", "tactic", "expected"),
+    [
+        ("tensorrt_rtx", "__myelin_CASK_STUB", None),
+        ("tensorrt", "sm80_xmma_sparse_gemm_i8i8_i8i32", True),
+        ("tensorrt", "sm80_xmma_gemm_i8i8_i8i32", False),
+        ("tensorrt", "", None),
+        ("onnxruntime", "", False),
+    ],
+)
+def test_whether_a_two_four_kernel_was_chosen(plan: Plan, backend: str, tactic: str, expected: bool | None) -> None:
+    name = plan.layers[1].name
+    record = LayerRecord(name="g", kind="gemm", precision="int8", tactic=tactic, onnx_nodes=[name])
+    engine = layer_rows(plan, info(backend, record))[1].engine
+    assert engine.uses_two_four is expected
+    assert (engine.note is None) == (expected is True)
+
+
+def test_a_dense_layer_is_not_asked_about_two_four(plan: Plan) -> None:
+    record = LayerRecord(name="g", kind="gemm", precision="fp16", onnx_nodes=[plan.layers[0].name])
+    engine = layer_rows(plan, info("onnxruntime", record))[0].engine
+    assert engine.uses_two_four is None
+    assert engine.note is None
+
+
+def test_layers_decided_alike_are_one_group(plan: Plan) -> None:
+    rows = layer_rows(plan, None)
+    groups = precision_groups(rows)
+    assert [(group.outcome, len(group.layers)) for group in groups] == [
+        ("int8", 10),
+        ("fp16", 2),
+        ("fp16", 1),
+        ("fp16", 1),
+    ]
+    assert sorted(position for group in groups for position in group.layers) == list(range(len(rows)))
+    assert groups[0].reason.startswith("the output keeps ")
+    low, high = (
+        min(rows[i].precision.sqnr_db for i in groups[0].layers),
+        max(rows[i].precision.sqnr_db for i in groups[0].layers),
+    )
+    assert f"{low:.1f} to {high:.1f} dB" in groups[0].reason
+    assert "(threshold 20 dB)" in groups[0].reason
+
+
+def test_names_with_digits_stay_whole(plan: Plan) -> None:
+    group = sparsity_groups(layer_rows(plan, None))[0]
+    assert group.outcome == "2:4"
+    assert "--sparsity 2:4, though it does not pay: 2:4 pays on a100 from K = 256 and N = 256" in group.reason
+    assert "this layer is 64 to 256 × 64 to 256" in group.reason
+
+
+def test_engine_groups_say_what_differs(plan: Plan) -> None:
+    groups = engine_groups(layer_rows(plan, sample_engine(plan, other_precision=[plan.layers[1].name])))
+    assert any("asked int8, the engine ran fp16 gemm" in group.reason for group in groups)
+    assert any(group.outcome == "int8 gemm" and group.reason.startswith("as asked") for group in groups)

@@ -1,0 +1,108 @@
+"""The summary in the terminal and the plan of a dry run, 80 columns wide."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from report_samples import sample_engine, sample_plan, sample_report
+from rich.console import Console, RenderableType
+
+from lsp_deploy.reporting import formatting
+from lsp_deploy.reporting.plan_table import plan_table
+from lsp_deploy.reporting.summary import summary_renderables
+
+
+def printed(*renderables: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    for renderable in renderables:
+        console.print(renderable, crop=False)  # as lsp_deploy.console.show does
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_summary_fits_forty_lines_of_eighty_columns() -> None:
+    plan = sample_plan()
+    text = printed(*summary_renderables(sample_report(plan, engine=sample_engine(plan))))
+    lines = text.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in text
+    for expected in ("23.0 MB", "6.21 MB", "77.50 %", "76.88 %", "0.78 points", "budget 1: met", "counted", "measured"):
+        assert expected in flat(text)
+    assert "not a100" in flat(text)
+    assert "46 int8" in flat(text)
+    assert "48 2:4" in flat(text)
+    assert "50 of 50 linear layers run as asked" in flat(text)
+    assert "warning: the drop is known" in flat(text)
+
+
+def test_commands_for_the_device_are_not_broken() -> None:
+    plan = sample_plan(blocks=1, width=64)
+    command = "trtexec --onnx=model.onnx " + " ".join(f"--flag{index}=value" for index in range(12))
+    engine = {"built": False, "not_built_reason": f"only the device builds its engines; run there:\n{command}"}
+    lines = printed(*summary_renderables(sample_report(plan, engine_section=engine))).splitlines()
+    assert command in lines
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_without_labels_there_is_no_top1(classifier: bool) -> None:
+    plan = sample_plan(blocks=1, width=64)
+    text = printed(*summary_renderables(sample_report(plan, labelled=False, classifier=classifier)))
+    assert "top-1 " not in text.replace("top-1 loss", "")
+    assert ("same answer" in text) == classifier
+    assert ("signal to noise, 160 samples" in flat(text)) == (not classifier)
+
+
+def test_many_reasons_are_cut_short() -> None:
+    plan = sample_plan(blocks=5, width=64)
+    for number, layer in enumerate(plan.layers):
+        layer.sparsity.reason = "because " + "x" * number
+    text = flat(printed(*summary_renderables(sample_report(plan))))
+    assert "16 for other reasons: see report.html" in text
+
+
+def test_names_are_not_taken_for_markup() -> None:
+    plan = sample_plan(blocks=1, width=64)
+    plan.layers[0].name = plan.layers[0].sparsity.reason = "[red]patch[/red]"
+    assert printed(plan_table(plan)).count("[red]patch[/red]") == 2
+
+
+def test_a_dry_run_names_every_layer_and_every_reason() -> None:
+    plan = sample_plan(blocks=2, width=64)
+    text = printed(plan_table(plan))
+    for layer in plan.layers:
+        assert layer.name in text
+    assert "2:4 50 %" in text
+    assert "the patch embedding is not pruned" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1_000, "1.00 kB"), (22_981_730, "23.0 MB"), (999_600_000, "1.00 GB")],
+)
+def test_file_sizes(value: int, expected: str) -> None:
+    assert formatting.file_size(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(100, "100 %"), (99.99, "> 99.9 %"), (0, "0 %"), (0.01, "< 0.1 %"), (27.03, "27.0 %"), (50, "50 %")],
+)
+def test_percentages_are_round_only_where_they_are(value: float, expected: str) -> None:
+    assert formatting.percent(value) == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(3.42, "3.4 s"), (119.7, "2 min 00 s"), (125, "2 min 05 s")])
+def test_durations(value: float, expected: str) -> None:
+    assert formatting.seconds(value) == expected
+
+
+def test_signs() -> None:
+    assert formatting.points(-0.001) == "0.00 points"
+    assert formatting.points(-1.5) == "\N{MINUS SIGN}1.50 points"
+    assert formatting.interval(-0.1, 0.5) == "\N{MINUS SIGN}0.10 to 0.50"
+    assert formatting.interval(None, 0.5) == ""
