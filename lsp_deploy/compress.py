@@ -88,7 +88,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         evaluator = _evaluator(prepared, data, options)
         plan = _plan(prepared, data, evaluator, recipe, target, options)
     with stages.time("apply"):
-        compressed = apply_plan(prepared.canonical, plan, prepared.original_io)
+        compressed = apply_plan(prepared.canonical, plan, prepared.original_io, tensorrt=target.kind == "gpu")
         ValidateTargetPass(target.rules())(compressed)
     with stages.time("write"):
         save_model(compressed, output.model)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -16,10 +15,19 @@ if TYPE_CHECKING:
     from lsp_deploy.data import Dataset
     from lsp_deploy.engines.fidelity import Fidelity
 
-__all__ = ["MEASURED_FROM", "Evaluator", "class_count", "class_output", "decisive_drop"]
+__all__ = ["MEASURED_FROM", "Drop", "Evaluator", "class_count", "class_output", "decisive_drop"]
 
 # With fewer labelled images one answer more or less moves top-1 by more than 0.2 points.
 MEASURED_FROM = 500
+
+
+class Drop(NamedTuple):
+    """Points of top-1 lost, which measure says so, and its 95 % interval."""
+
+    points: float
+    measure: Literal["expected", "measured"]
+    low: float
+    high: float
 
 
 def class_output(model: ir.Model) -> str | None:
@@ -73,26 +81,27 @@ class Evaluator:
 
     def loss(self, plan: Plan) -> float:
         """Return the points of top-1 that `plan` loses, by the measure that the budget is about."""
-        return decisive_drop(self.fidelity(apply_decisions(self.canonical, plan), "trying a plan"))[0]
-
-    def decisive(self, fidelity: Fidelity) -> Mapping[str, Any]:
-        """Return which measure decides (`expected` or `measured`), its points and its interval."""
-        drop, which, low, high = decisive_drop(fidelity)
-        return {"points": drop, "measure": which, "low": low, "high": high}
+        return decisive_drop(self.fidelity(apply_decisions(self.canonical, plan), "trying a plan")).points
 
 
-def decisive_drop(fidelity: Fidelity) -> tuple[float, str, float, float]:
-    """Return (points, measure, low, high): measured with labels and at least 500 images, else the expected loss."""
-    if fidelity.measured_drop_points is not None and fidelity.samples >= MEASURED_FROM:
-        return (
-            fidelity.measured_drop_points,
-            "measured",
-            fidelity.measured_drop_low_points,
-            fidelity.measured_drop_high_points,
-        )
-    return (
+def decisive_drop(fidelity: Fidelity) -> Drop:
+    """Return the loss that the budget is about: measured with labels and at least 500 images, else expected.
+
+    Raises:
+        ValueError: the outputs are not class scores.
+    """
+    measured = (
+        fidelity.measured_drop_points,
+        fidelity.measured_drop_low_points,
+        fidelity.measured_drop_high_points,
+    )
+    expected = (
         fidelity.expected_drop_points,
-        "expected",
         fidelity.expected_drop_low_points,
         fidelity.expected_drop_high_points,
     )
+    enough = fidelity.samples >= MEASURED_FROM
+    points, low, high = measured if enough and None not in measured else expected
+    if points is None or low is None or high is None:
+        raise ValueError("a model without class scores has no top-1 to lose")
+    return Drop(points, "measured" if enough and None not in measured else "expected", low, high)

@@ -42,6 +42,7 @@ class PrecisionDecision(_Strict):
     asked: str = Field(description="what the recipe asked for: auto, fp32, fp16, bf16 or int8")
     dtype: Literal["fp32", "fp16", "bf16", "int8"]
     activation_scale: float | None = Field(None, gt=0, description="int8: scale of the layer's input, one per tensor")
+    activation_offset: float = Field(0.0, description="int8: subtracted from the input first, to center it on zero")
     sqnr_db: float | None = Field(None, description="measured signal to quantization noise of the layer's output, dB")
     reason: str
 

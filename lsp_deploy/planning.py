@@ -16,7 +16,7 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.evaluation import Evaluator
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.sensitivity.activations import ActivationStatistics, collect_activations
-from lsp_deploy.sensitivity.quantization import activation_scale
+from lsp_deploy.sensitivity.quantization import activation_grid
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -61,8 +61,9 @@ def make_plan(
         inputs = _input_names(prepared)
         for layer in plan.layers:
             if layer.name in quantized:
-                scale = activation_scale(renewed[inputs[layer.name]].histogram, plan.compute_type)
-                layer.precision.activation_scale = scale
+                grid = activation_grid(renewed[inputs[layer.name]].histogram, plan.compute_type)
+                layer.precision.activation_scale = grid.scale
+                layer.precision.activation_offset = grid.offset
     return plan
 
 

@@ -105,6 +105,8 @@ def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
         return target.compute_type
     if asked not in target.types:
         raise UserError(f"--precision {asked}: {target.name} has no {asked}; it has {', '.join(target.types)}")
+    if asked == "int4" or asked == "fp8":  # a form that narrows the type
+        raise UserError(f"--precision {asked} comes with a later version; use int8, fp16 or auto")
     return asked
 
 

@@ -45,7 +45,7 @@ class SetIoTypesPass(ir.passes.InPlacePass):
 
 
 def _cast_input(graph: ir.Graph, index: int, value: ir.Value, wanted: ir.DataType) -> None:
-    name, inner = str(value.name), value.dtype
+    name, inner = str(value.name), ir.DataType(value.dtype or ir.DataType.FLOAT)
     graph_input = ir.Value(name=name, shape=value.shape, type=ir.TensorType(wanted), doc_string=value.doc_string)
     value.name = f"{name}_as_{_label(inner)}"
     cast = ir.Node("", "Cast", [graph_input], [ir.AttrInt64("to", int(inner))], name=f"{name}/Cast")

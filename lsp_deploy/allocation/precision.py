@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lsp_deploy.plan import PrecisionDecision
 from lsp_deploy.sensitivity.quantization import (
     ComputeType,
-    activation_scale,
+    activation_grid,
     fake_quantize,
     output_sqnr_db,
     weight_scale,
@@ -60,8 +60,8 @@ def decide_precision(
         return stays(f"{compute_type}: the target has no int8 matrix unit")
     if layer.role not in COMPRESSIBLE_ROLES:
         return stays(f"{compute_type}: {_ROLE_NAMES[layer.role]} is not quantized by default, it costs accuracy")
-    scale = activation_scale(statistics.histogram, compute_type)
-    quantized = fake_quantize(statistics.rows, scale) @ fake_quantize(weight, weight_scale(weight, compute_type))
+    grid = activation_grid(statistics.histogram, compute_type)
+    quantized = grid.rounded(statistics.rows) @ fake_quantize(weight, weight_scale(weight, compute_type))
     sqnr_db = round(min(output_sqnr_db(statistics.rows, weight, quantized), 200.0), 2)
     if asked == "auto" and sqnr_db < SQNR_THRESHOLD_DB:
         reason = f"{compute_type}: int8 would leave {sqnr_db:.1f} dB of signal to noise, below {SQNR_THRESHOLD_DB:g} dB"
@@ -74,7 +74,14 @@ def decide_precision(
         )
     else:
         reason = f"asked for: --precision int8; the output keeps {sqnr_db:.1f} dB of signal to noise"
-    return PrecisionDecision(asked=asked, dtype="int8", activation_scale=scale, sqnr_db=sqnr_db, reason=reason)
+    return PrecisionDecision(
+        asked=asked,
+        dtype="int8",
+        activation_scale=grid.scale,
+        activation_offset=grid.offset,
+        sqnr_db=sqnr_db,
+        reason=reason,
+    )
 
 
 def without_int8(

@@ -19,40 +19,57 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationStatistics", "Histogram", "collect_activations"]
 
-# |x| is binned by the upper bits of its float32 pattern: sign 0, 8 bits of exponent, 8 of mantissa. Bins are fixed
+# x is binned by the upper bits of its float32 pattern: sign, 8 bits of exponent, 8 of mantissa. Bins are fixed
 # (0.4 % wide), so the histogram does not depend on the order or the size of the batches, and no range is needed.
 _DROPPED_BITS = 15
-_BINS = 0x7F800000 >> _DROPPED_BITS  # every finite pattern lies below that of infinity
+_BINS = 0x7F800000 >> _DROPPED_BITS  # of each sign; every finite pattern lies below that of infinity
 
 
 @dataclass
 class Histogram:
-    """Counts of |x| over fixed, logarithmic bins; the same whatever the batch size."""
+    """Counts of x over fixed, logarithmic bins, by sign; the same whatever the batch size."""
 
-    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
-    maximum: float = 0.0
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, _BINS), np.int64))
+    """[2, bins]: of values from 0 up, and of values below."""
+    largest: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    """[2]: the largest magnitude of each sign."""
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Count every entry of `values` (any shape)."""
-        patterns = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
-        bins = (patterns & np.uint32(0x7FFFFFFF)) >> np.uint32(_DROPPED_BITS)
-        self.counts += np.bincount(bins, minlength=_BINS)
-        self.maximum = max(self.maximum, float(np.abs(values).max(initial=0.0)))
+        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        patterns = flat.view(np.uint32)
+        bins = ((patterns & np.uint32(0x7FFFFFFF)) >> np.uint32(_DROPPED_BITS)).astype(np.int64)
+        bins += (patterns >> np.uint32(31)).astype(np.int64) * _BINS
+        self.counts += np.bincount(bins, minlength=2 * _BINS).reshape(2, _BINS)
+        extremes = [flat.max(initial=0.0), -flat.min(initial=0.0)]
+        self.largest = np.maximum(self.largest, extremes)
+
+    @property
+    def maximum(self) -> float:
+        """The largest |x|."""
+        return float(self.largest.max())
 
     def percentile(self, percent: float) -> float:
-        """Return the smallest bin centre that `percent` of all |x| do not exceed; the exact maximum at 100."""
-        if percent >= 100:
-            return self.maximum
-        total = int(self.counts.sum())
-        index = int(np.searchsorted(np.cumsum(self.counts), np.ceil(total * percent / 100)))
-        return min(float(_centres()[index]), self.maximum)
+        """Return the |x| that `percent` of all values do not exceed; the exact maximum at 100."""
+        return self._exceeded_by(self.counts.sum(axis=0), 1 - percent / 100, self.maximum)
 
-    def quantization_error(self, scale: float) -> float:
-        """Return the mean squared error of symmetric int8 with `scale`, rounding and clipping, over all counts."""
-        used = np.flatnonzero(self.counts)
-        centres = np.minimum(_centres()[used], self.maximum)
-        error = np.clip(np.rint(centres / scale), None, 127) * scale - centres
-        return float(np.average(error**2, weights=self.counts[used]))
+    def extent(self, percent: float) -> tuple[float, float]:
+        """Return (low, high): all but 100 - `percent` of the values are above -low, and all but as many below high."""
+        above, below = self.counts
+        share = 1 - percent / 100
+        return (
+            self._exceeded_by(below, share, float(self.largest[1])),
+            self._exceeded_by(above, share, float(self.largest[0])),
+        )
+
+    def _exceeded_by(self, counts: NDArray[np.int64], share: float, largest: float) -> float:
+        """Return the magnitude that no more than `share` of all values exceed, among `counts`."""
+        allowed = np.floor(self.counts.sum() * share)
+        over = np.cumsum(counts[::-1])[::-1]  # how many lie in a bin or above it
+        index = int(np.searchsorted(-over, -allowed))
+        if index == 0:
+            return 0.0
+        return largest if allowed == 0 else min(float(_centres()[index - 1]), largest)
 
 
 @dataclass
@@ -113,7 +130,7 @@ def as_rows(value: NDArray[Any], layer: LinearLayer) -> NDArray[np.float32]:
     """Return a layer's input as rows x [M, K]; the patches of a patch-embedding Conv become rows."""
     if layer.node.op_type == "Conv":
         return _patches(value, layer)
-    if layer.node.op_type == "Gemm" and layer.node.attributes.get_int("transA", 0):
+    if layer.node.op_type == "Gemm" and layer.node.attributes.get_int("transA", False):
         value = value.T
     return np.ascontiguousarray(value, np.float32).reshape(-1, layer.K)
 

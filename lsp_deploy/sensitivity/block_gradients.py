@@ -42,7 +42,7 @@ class BlockGradients:
     @property
     def fisher(self) -> NDArray[np.float64]:
         """[blocks]: mean over samples of A[n, b]², the second-order damage of removing one block."""
-        return np.square(self.contributions, dtype=np.float64).mean(axis=0)
+        return np.asarray(np.square(self.contributions, dtype=np.float64).mean(axis=0))
 
 
 def collect_block_gradients(
@@ -111,7 +111,7 @@ class _Collector:
             if not y.requires_grad:
                 y = y.detach().requires_grad_()  # everything before the first layer needs no gradient
             rows = x.detach()
-            y.register_hook(lambda gradient: self._add(start, size, rows, gradient))
+            y.register_hook(lambda gradient: self._add(start, size, rows, gradient))  # type: ignore[no-untyped-call]
             return y
 
         return watch
@@ -136,10 +136,10 @@ class _Collector:
     def _rows(self, x: torch.Tensor, gradient: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return input and output gradient as [samples, tokens, K] and [samples, tokens, N]."""
         if self.layer.node.op_type == "Conv":
-            kernel = self.layer.node.attributes.get_ints("kernel_shape")
-            x = torch.nn.functional.unfold(x, list(kernel), stride=list(kernel)).transpose(1, 2)
+            kernel = tuple(self.layer.node.attributes.get_ints("kernel_shape"))
+            x = torch.nn.functional.unfold(x, kernel, stride=kernel).transpose(1, 2)
             gradient = gradient.flatten(2).transpose(1, 2)
-        elif self.layer.node.op_type == "Gemm" and self.layer.node.attributes.get_int("transA", 0):
+        elif self.layer.node.op_type == "Gemm" and self.layer.node.attributes.get_int("transA", False):
             x = x.T
         K, N = self.weight.shape
         return x.reshape(size, -1, K).float(), gradient.reshape(size, -1, N).float()

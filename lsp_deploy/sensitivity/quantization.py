@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lsp_deploy.sensitivity.activations import Histogram
 
-__all__ = ["activation_scale", "fake_quantize", "output_sqnr_db", "round_scale", "weight_scale"]
+__all__ = ["ActivationGrid", "activation_grid", "fake_quantize", "output_sqnr_db", "round_scale", "weight_scale"]
 
 ComputeType = Literal["fp32", "fp16", "bf16"]
 
@@ -19,12 +20,32 @@ PERCENTILE = 99.999
 _SMALLEST_SCALE = 1e-6  # a tensor of zeros still needs a scale, and one that float16 can hold
 
 
-def activation_scale(histogram: Histogram, compute_type: ComputeType) -> float:
-    """Return a tensor's int8 scale: the 99.999th percentile of |x|, over 127.
+@dataclass(frozen=True)
+class ActivationGrid:
+    """The int8 grid of a tensor: x is held as offset + scale · q, q from -127 to 127."""
 
-    The scale is one that `compute_type` holds exactly, since the file stores it in that type.
+    scale: float
+    offset: float
+
+    def rounded(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `values` as the grid holds them."""
+        centered = (values - np.float32(self.offset)).astype(np.float32)
+        return np.asarray(fake_quantize(centered, self.scale) + np.float32(self.offset), np.float32)
+
+
+def activation_grid(histogram: Histogram, compute_type: ComputeType) -> ActivationGrid:
+    """Return a tensor's int8 grid: symmetric over the 99.999th percentile of |x|; centered where x is one-sided.
+
+    Engines take symmetric scales only. Where the values lie so far to one side that centering them shrinks the scale
+    by a quarter or more, as after GELU, an offset is subtracted first. Scale and offset are values that
+    `compute_type` holds exactly, since the file stores them in that type.
     """
-    return float(round_scale(np.array([histogram.percentile(PERCENTILE) / 127], np.float32), compute_type)[0])
+    low, high = histogram.extent(PERCENTILE)
+    offset = float(_held(np.array([(high - low) / 2], np.float32), compute_type)[0])
+    half = max(high - offset, low + offset)
+    if half > 0.75 * max(low, high):
+        half, offset = histogram.percentile(PERCENTILE), 0.0
+    return ActivationGrid(float(round_scale(np.array([half / 127], np.float32), compute_type)[0]), offset)
 
 
 def weight_scale(weight: NDArray[np.float32], compute_type: ComputeType) -> NDArray[np.float32]:
@@ -34,15 +55,11 @@ def weight_scale(weight: NDArray[np.float32], compute_type: ComputeType) -> NDAr
 
 def round_scale(scale: NDArray[np.float32], compute_type: ComputeType) -> NDArray[np.float32]:
     """Round scales up to the next value that `compute_type` holds, so that the largest value is never clipped."""
-    import ml_dtypes
-
     scale = np.maximum(scale, _SMALLEST_SCALE).astype(np.float32)
-    if compute_type == "fp32":
-        return scale
-    dtype = np.float16 if compute_type == "fp16" else ml_dtypes.bfloat16
-    rounded = scale.astype(dtype)
-    above = np.nextafter(rounded, np.array(np.inf, dtype))
-    return np.where(rounded.astype(np.float32) < scale, above, rounded).astype(np.float32)
+    held = _held(scale, compute_type)
+    dtype = _dtype(compute_type)
+    above = np.nextafter(held.astype(dtype), np.array(np.inf, dtype)).astype(np.float32)
+    return np.where(held < scale, above, held)
 
 
 def fake_quantize(values: NDArray[np.float32], scale: NDArray[np.float32] | float) -> NDArray[np.float32]:
@@ -65,3 +82,16 @@ def output_sqnr_db(rows: NDArray[np.float32], weight: NDArray[np.float32], chang
     if noise == 0:
         return float("inf") if power else 0.0
     return float(10 * np.log10(max(power, 1e-30) / noise))
+
+
+def _held(values: NDArray[np.float32], compute_type: ComputeType) -> NDArray[np.float32]:
+    """Return the nearest values that `compute_type` holds."""
+    return values.astype(_dtype(compute_type)).astype(np.float32)
+
+
+def _dtype(compute_type: ComputeType) -> np.dtype[Any]:
+    import ml_dtypes
+
+    types = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+    dtype: np.dtype[Any] = np.dtype(types[compute_type])
+    return dtype

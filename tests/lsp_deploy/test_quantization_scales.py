@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lsp_deploy.sensitivity.activations import Histogram
 from lsp_deploy.sensitivity.quantization import (
-    activation_scale,
+    activation_grid,
     fake_quantize,
     output_sqnr_db,
     round_scale,
@@ -31,7 +31,7 @@ def test_histogram_does_not_depend_on_batches_or_their_order(pieces: int, seed: 
     whole = histogram_of(values)
     split = histogram_of(*reversed(np.array_split(values, pieces)))
     np.testing.assert_array_equal(whole.counts, split.counts)
-    assert whole.maximum == split.maximum
+    assert (whole.largest == split.largest).all()
 
 
 def test_percentile_is_within_a_bin_of_numpy() -> None:
@@ -44,16 +44,39 @@ def test_percentile_is_within_a_bin_of_numpy() -> None:
 
 def test_an_outlier_does_not_coarsen_the_grid() -> None:
     values = np.random.default_rng(2).uniform(-1, 1, 1_000_000).astype(np.float32)
-    clean = activation_scale(histogram_of(values), "fp32")
-    values[0] = 60.0
-    assert activation_scale(histogram_of(values), "fp32") < 5 * clean
+    clean = activation_grid(histogram_of(values), "fp32")
+    values[:5] = 60.0
+    assert activation_grid(histogram_of(values), "fp32").scale == pytest.approx(clean.scale, rel=0.02)
+    assert clean.offset == 0
 
 
-def test_quantization_error_of_the_histogram_is_that_of_the_values() -> None:
-    values = np.random.default_rng(3).standard_normal(20_000).astype(np.float32)
-    for scale in (0.05, 0.02, 0.01):
-        expected = float(np.mean((fake_quantize(values, scale) - values) ** 2))
-        assert histogram_of(values).quantization_error(scale) == pytest.approx(expected, rel=0.05)
+def test_extent_is_within_a_bin_of_numpy_on_both_sides() -> None:
+    values = np.random.default_rng(5).standard_normal(100_000).astype(np.float32) + 1.5
+    low, high = histogram_of(values).extent(99.9)
+    assert low == pytest.approx(-np.percentile(values, 0.1), rel=0.01)
+    assert high == pytest.approx(np.percentile(values, 99.9), rel=0.01)
+
+
+@pytest.mark.parametrize("compute_type", ["fp32", "fp16", "bf16"])
+def test_one_sided_values_are_centered_and_lose_less(compute_type) -> None:
+    x = np.random.default_rng(6).standard_normal(200_000).astype(np.float32)
+    gelu = x * (x > 0) + 0.1 * np.tanh(x) * (x < 0)
+    grid = activation_grid(histogram_of(gelu), compute_type)
+    assert grid.offset > 0
+    symmetric = fake_quantize(gelu, float(np.abs(gelu).max() / 127))
+    error, symmetric_error = (np.mean((y - gelu) ** 2) for y in (grid.rounded(gelu), symmetric))
+    assert error < 0.4 * symmetric_error
+
+
+def test_symmetric_values_are_not_shifted() -> None:
+    x = np.random.default_rng(7).standard_normal(50_000).astype(np.float32)
+    assert activation_grid(histogram_of(x), "fp16").offset == 0
+
+
+def test_a_tensor_of_zeros_has_a_grid() -> None:
+    grid = activation_grid(histogram_of(np.zeros(100, np.float32)), "fp16")
+    assert grid.scale > 0
+    assert (grid.rounded(np.zeros(3, np.float32)) == 0).all()
 
 
 @given(st.floats(1e-9, 1e4), st.sampled_from(["fp32", "fp16", "bf16"]))
