@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCHES", "PreparedModel", "Shapes", "prepare"]
 
+_COMPUTE_TYPES: dict[str, ComputeType] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 BATCHES = {"min": 1, "opt": 8, "max": 32}
 
 
@@ -105,9 +106,7 @@ def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
         return target.compute_type
     if asked not in target.types:
         raise UserError(f"--precision {asked}: {target.name} has no {asked}; it has {', '.join(target.types)}")
-    if asked == "int4" or asked == "fp8":  # a form that narrows the type
-        raise UserError(f"--precision {asked} comes with a later version; use int8, fp16 or auto")
-    return asked
+    return _COMPUTE_TYPES[asked]
 
 
 def _shapes(model: ir.Model, recipe: Recipe) -> Shapes:
