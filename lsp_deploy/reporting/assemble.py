@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lsp_deploy import __version__
 from lsp_deploy.allocation.decide import DEFAULT_MAX_DROP
 from lsp_deploy.plan import Plan
+from lsp_deploy.reporting.cards import budget_words
 from lsp_deploy.reporting.layer_rows import layer_rows
 from lsp_deploy.reporting.report import Report
 from lsp_deploy.reporting.sections import (
@@ -219,7 +220,12 @@ def _budget(fidelity: Fidelity, recipe: Recipe) -> BudgetSection | None:
         return None
     budget = DEFAULT_MAX_DROP if recipe.max_drop is None else recipe.max_drop
     drop, measure, low, high = decisive_drop(fidelity)
-    too_wide = high - low > budget
+    warning = None
+    if high - low > budget:
+        warning = (
+            f"the drop is known to {low:.2f} to {high:.2f} points only, an interval wider than the budget of {budget:g}"
+        )
+        warning += ": more held-out images would settle it" if low <= budget < high else ""
     return BudgetSection(
         max_drop_points=budget,
         typed=recipe.max_drop is not None,
@@ -228,12 +234,7 @@ def _budget(fidelity: Fidelity, recipe: Recipe) -> BudgetSection | None:
         low_points=low,
         high_points=high,
         met=drop <= budget,
-        warning=(
-            f"the drop is known to {low:.2f} to {high:.2f} points only, an interval wider than the budget of "
-            f"{budget:g}: more held-out images would settle it"
-            if too_wide
-            else None
-        ),
+        warning=warning,
     )
 
 
@@ -356,10 +357,7 @@ def _warnings(
     if measured.fidelity.non_finite_samples:
         warnings.append(f"the compressed model gave NaN or infinity for {measured.fidelity.non_finite_samples} samples")
     if budget is not None and not budget.met:
-        warnings.append(
-            f"the {budget.measure} drop is {budget.drop_points:.2f} points, above the budget of "
-            f"{budget.max_drop_points:g}"
-        )
+        warnings.append(f"the {budget.measure} top-1 loss is {budget.drop_points:.2f} points: {budget_words(budget)}")
     if budget is not None and budget.warning:
         warnings.append(budget.warning)
     if data.preprocess_from == "default" and data.calibration.kind == "images":

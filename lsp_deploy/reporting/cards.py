@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.report import Report
-from lsp_deploy.reporting.sections import FidelitySection
+from lsp_deploy.reporting.sections import BudgetSection, FidelitySection
 
-__all__ = ["Card", "cards", "headline"]
+__all__ = ["Card", "budget_words", "cards", "headline"]
 
 
 _ZEROS = {"2:4": "2:4 zeros", "block": "zero blocks"}
@@ -100,16 +100,23 @@ def _drop(report: Report) -> Card | None:
     budget = report.budget
     if budget is None:
         return None
-    typed = "--max-drop" if budget.typed else "default budget"
     ends = formatting.interval(budget.low_points, budget.high_points)
     return Card(
         title=f"{budget.measure.capitalize()} top-1 loss",
         value=formatting.points(budget.drop_points),
-        detail=f"{f'95 % interval {ends}; ' if ends else ''}{typed} {budget.max_drop_points:g}: "
-        f"{'met' if budget.met else 'not met'}",
+        detail=f"{f'95 % interval {ends}; ' if ends else ''}{budget_words(budget)}",
         basis="measured" if budget.measure == "measured" else "expectation over measured outputs",
-        state="good" if budget.met else "bad",
+        state="good" if budget.met else "bad" if budget.typed else "warn",
     )
+
+
+def budget_words(budget: BudgetSection) -> str:
+    """Return the budget and whether it was kept; the default one bounds only what `auto` adds."""
+    if budget.typed:
+        return f"--max-drop {budget.max_drop_points:g}: {'met' if budget.met else 'not met'}"
+    if budget.met:
+        return f"within the default budget of {budget.max_drop_points:g}"
+    return f"above {budget.max_drop_points:g}, the default budget of what auto adds to typed choices"
 
 
 def _flops(report: Report) -> Card:

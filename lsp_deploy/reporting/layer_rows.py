@@ -11,8 +11,10 @@ from lsp_deploy.reporting.sections import EngineLayer, LayerPrecision, LayerRow,
 
 __all__ = ["layer_rows"]
 
-# How builders call the layer that multiplies; what else names an ONNX node is a reformat or a part of its epilogue.
+# What builders call a layer that multiplies.
 _MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected", re.IGNORECASE)
+# A layer that was cut into parts for the builder has nodes <name>/0, <name>/1, ...
+_PART = re.compile(r"/\d+$")
 
 
 def layer_rows(plan: Plan, engine: EngineInfo | None) -> list[LayerRow]:
@@ -20,7 +22,7 @@ def layer_rows(plan: Plan, engine: EngineInfo | None) -> list[LayerRow]:
 
     Layers are joined by the name of their ONNX node, which builders keep through their fusions.
     """
-    records = _by_node(engine.layers) if engine is not None else {}
+    records = _by_layer(engine.layers, {layer.name for layer in plan.layers}) if engine is not None else {}
     return [_row(layer, _engine_layer(layer, engine, records.get(layer.name, ()))) for layer in plan.layers]
 
 
@@ -48,11 +50,19 @@ def _row(layer: LayerPlan, engine: EngineLayer) -> LayerRow:
     )
 
 
-def _by_node(records: Iterable[LayerRecord]) -> dict[str, list[LayerRecord]]:
-    found: dict[str, list[LayerRecord]] = {}
+def _by_layer(records: Iterable[LayerRecord], layers: set[str]) -> dict[str, list[LayerRecord]]:
+    """Return the engine layers that do each linear layer: one for every ONNX node that it was written as."""
+    by_node: dict[str, list[LayerRecord]] = {}
     for record in records:
         for node in record.onnx_nodes:
-            found.setdefault(node, []).append(record)
+            by_node.setdefault(node, []).append(record)
+    found: dict[str, list[LayerRecord]] = {}
+    for node, candidates in by_node.items():
+        layer = node if node in layers else _PART.sub("", node)
+        if layer in layers:
+            # The first that multiplies: what else names a node prepares its operand or reads its result.
+            own = next((one for one in candidates if _MULTIPLIES.search(one.kind)), candidates[0])
+            found.setdefault(layer, []).append(own)
     return found
 
 
@@ -61,18 +71,18 @@ def _engine_layer(layer: LayerPlan, engine: EngineInfo | None, records: Sequence
         return EngineLayer(note="no engine was built")
     if not records:
         return EngineLayer(note="the engine's layer table does not name this node")
-    record = next((one for one in records if _MULTIPLIES.search(one.kind)), records[0])
-    asked, ran = layer.precision.dtype, record.precision
-    two_four = _uses_two_four(record, engine) if layer.sparsity.pattern == "2:4" else None
-    notes = [f"asked {asked}, the engine ran {ran} {record.kind}"] if ran != asked else []
+    asked, first = layer.precision.dtype, records[0]
+    ran = " and ".join(dict.fromkeys(record.precision for record in records))
+    two_four = _uses_two_four(first, engine) if layer.sparsity.pattern == "2:4" else None
+    notes = [f"asked {asked}, the engine ran {ran} {first.kind}"] if ran != asked else []
     if layer.sparsity.pattern == "2:4" and two_four is not True:
         silent = f"{engine.backend} does not say whether this kernel uses the 2:4 zeros"
         notes.append("no 2:4 kernel was chosen: the zeros gain no speed" if two_four is False else silent)
     return EngineLayer(
         precision=ran,
-        layer=record.name,
-        kind=record.kind,
-        tactic=record.tactic or None,
+        layer=first.name,
+        kind=first.kind,
+        tactic=first.tactic or None,
         uses_two_four=two_four,
         matches_request=ran == asked,
         note="; ".join(notes) or None,

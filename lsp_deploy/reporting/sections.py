@@ -150,7 +150,7 @@ class EngineLayer(Section):
 class LayerRow(Section):
     """One linear layer: y [M, N] = x [M, K] · W [K, N]."""
 
-    name: str = Field(description="of its node in the compressed model")
+    name: str = Field(description="of its node in the canonical form of the model")
     role: str = Field(description="qkv, proj, fc1, fc2, patch, head or other")
     block: int | None = Field(None, description="transformer block, from 0")
     K: int = Field(description="rows of W")
@@ -202,7 +202,7 @@ class BudgetSection(Section):
     drop_points: float = Field(description="the deciding drop, of the final model")
     low_points: float | None = Field(None, description="lower end of its 95 % interval")
     high_points: float | None = Field(None, description="upper end of its 95 % interval")
-    met: bool = Field(description="whether drop_points is within max_drop_points")
+    met: bool = Field(description="whether drop_points is within max_drop_points, typed or not")
     warning: str | None = Field(None, description="set where the interval is wider than the budget")
 
 

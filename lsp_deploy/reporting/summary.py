@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lsp_deploy.reporting import formatting
+from lsp_deploy.reporting.cards import budget_words
 from lsp_deploy.reporting.plan_table import reason_table
 from lsp_deploy.reporting.report import Report
 
@@ -77,8 +78,7 @@ def _budget(report: Report) -> Sequence[str]:
     if budget is None:
         return ()
     ends = formatting.interval(budget.low_points, budget.high_points)
-    met = "met" if budget.met else "not met"
-    words = f"95 %: {ends}; budget {budget.max_drop_points:g}: {met}"
+    words = f"95 %: {ends}; {budget_words(budget)}"
     return f"{budget.measure} top-1 loss", "", formatting.points(budget.drop_points), words
 
 

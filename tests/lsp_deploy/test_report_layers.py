@@ -66,6 +66,21 @@ def test_of_several_engine_layers_the_one_that_multiplies_counts(plan: Plan) -> 
         assert layer_rows(plan, info("tensorrt_rtx", *records))[1].engine.layer == "b"
 
 
+def test_a_layer_that_was_cut_into_parts_is_found_by_them(plan: Plan) -> None:
+    name = plan.layers[1].name
+    parts = [f"{name}/{number}" for number in range(3)]
+    merged = LayerRecord(name="all", kind="gemm", precision="int8", onnx_nodes=parts)
+    engine = layer_rows(plan, info("tensorrt_rtx", merged))[1].engine
+    assert (engine.layer, engine.matches_request) == ("all", True)
+    apart = [
+        LayerRecord(name=part, kind="gemm", precision=precision, onnx_nodes=[part])
+        for part, precision in zip(parts, ("int8", "fp16", "int8"), strict=True)
+    ]
+    engine = layer_rows(plan, info("tensorrt_rtx", *apart))[1].engine
+    assert engine.matches_request is False
+    assert "asked int8, the engine ran int8 and fp16 gemm" in (engine.note or "")
+
+
 @pytest.mark.parametrize(
     ("backend", "tactic", "expected"),
     [

@@ -9,6 +9,7 @@ from report_samples import sample_engine, sample_plan, sample_report
 from rich.console import Console, RenderableType
 
 from lsp_deploy.reporting import formatting
+from lsp_deploy.reporting.page import render_page
 from lsp_deploy.reporting.plan_table import plan_table
 from lsp_deploy.reporting.summary import summary_renderables
 
@@ -31,7 +32,16 @@ def test_the_summary_fits_forty_lines_of_eighty_columns() -> None:
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in text
-    for expected in ("23.0 MB", "6.21 MB", "77.50 %", "76.88 %", "0.78 points", "budget 1: met", "counted", "measured"):
+    for expected in (
+        "23.0 MB",
+        "6.21 MB",
+        "77.50 %",
+        "76.88 %",
+        "0.78 points",
+        "within the default budget of 1",
+        "counted",
+        "measured",
+    ):
         assert expected in flat(text)
     assert "not a100" in flat(text)
     assert "46 int8" in flat(text)
@@ -55,6 +65,23 @@ def test_without_labels_there_is_no_top1(classifier: bool) -> None:
     assert "top-1 " not in text.replace("top-1 loss", "")
     assert ("same answer" in text) == classifier
     assert ("signal to noise, 160 samples" in flat(text)) == (not classifier)
+
+
+@pytest.mark.parametrize(
+    ("typed", "met", "expected"),
+    [
+        (True, True, "--max-drop 1: met"),
+        (True, False, "--max-drop 1: not met"),
+        (False, True, "within the default budget of 1"),
+        (False, False, "above 1, the default budget of what auto adds to typed choices"),
+    ],
+)
+def test_what_is_said_of_the_budget(typed: bool, met: bool, expected: str) -> None:
+    plan = sample_plan(blocks=1, width=64)
+    budget = {"max_drop_points": 1, "typed": typed, "measure": "expected", "drop_points": 0.5 if met else 2, "met": met}
+    report = sample_report(plan, budget=budget)
+    assert expected in flat(printed(*summary_renderables(report)))
+    assert expected in render_page(report, plan)
 
 
 def test_many_reasons_are_cut_short() -> None:
