@@ -94,8 +94,9 @@ def export_model(
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {output.parent}")
     timm = import_timm()
-    with _quiet(), progress(f"exporting {name}", 1) as advance:
-        module = _create(timm, name, pretrained, image_size, num_classes, seed)
+    with progress(f"exporting {name}", 1) as advance:
+        with _quiet():
+            module = _create(timm, name, pretrained, image_size, num_classes, seed)
         config = timm.data.resolve_model_data_config(module)
         size = (image_size, image_size) if image_size else tuple(config["input_size"][1:])
         shape = (config["input_size"][0], *size)
@@ -143,7 +144,7 @@ def export_module(
         options["dynamic_shapes"] = ({0: "batch"},)
     elif batch is None:
         options["dynamic_axes"] = {INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             module,
