@@ -6,26 +6,23 @@ import importlib.metadata
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsp_deploy import __version__
-from lsp_deploy.allocation.decide import DEFAULT_MAX_DROP
 from lsp_deploy.plan import Plan
-from lsp_deploy.reporting.cards import budget_words
+from lsp_deploy.reporting.judgement import budget_section, run_warnings
 from lsp_deploy.reporting.layer_rows import layer_rows
 from lsp_deploy.reporting.report import Report
 from lsp_deploy.reporting.sections import (
-    BudgetSection,
     DataSection,
     DataSource,
     EngineSection,
     FidelitySection,
     FlopsSection,
     HostSection,
-    LayerRow,
     ModelSection,
     OutputFile,
     ProfileRow,
@@ -69,14 +66,14 @@ def assemble(
 ) -> Report:
     """Return the report of a run whose model, plan and engine are written into `output`."""
     layers = layer_rows(plan, built.info)
-    budget = _budget(measured.fidelity, recipe)
+    budget = budget_section(measured.fidelity, recipe)
     profiles = [_profile(profile, label, target) for label, profile in measured.profiles.items()]
     return Report(
         tool_version=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         notes=list(data.notes),
-        warnings=_warnings(data, layers, budget, built, measured, target),
+        warnings=run_warnings(data, layers, budget, built, measured.fidelity),
         model=_model(prepared, plan),
         target=TargetSection(
             name=target.name,
@@ -213,31 +210,6 @@ def _fidelity(fidelity: Fidelity) -> FidelitySection:
     )
 
 
-def _budget(fidelity: Fidelity, recipe: Recipe) -> BudgetSection | None:
-    from lsp_deploy.evaluation import decisive_drop
-
-    if fidelity.expected_drop_points is None:
-        return None
-    budget = DEFAULT_MAX_DROP if recipe.max_drop is None else recipe.max_drop
-    drop, measure, low, high = decisive_drop(fidelity)
-    warning = None
-    if high - low > budget:
-        warning = (
-            f"the drop is known to {low:.2f} to {high:.2f} points only, an interval wider than the budget of {budget:g}"
-        )
-        warning += ": more held-out images would settle it" if low <= budget < high else ""
-    return BudgetSection(
-        max_drop_points=budget,
-        typed=recipe.max_drop is not None,
-        measure="measured" if measure == "measured" else "expected",
-        drop_points=drop,
-        low_points=low,
-        high_points=high,
-        met=drop <= budget,
-        warning=warning,
-    )
-
-
 def _profile(profile: Profile, label: str, target: Target) -> ProfileRow:
     if target.kind == "cpu":
         what = "the model on its target"
@@ -343,35 +315,3 @@ def _outputs(output: OutputFolder, built: Built) -> list[OutputFile]:
     ]
     reports = (("report.json", "this report, for programs"), ("report.html", "this report, for people"))
     return [*written, *(OutputFile(name=name, what=what) for name, what in reports)]
-
-
-def _warnings(
-    data: CalibrationData,
-    layers: Sequence[LayerRow],
-    budget: BudgetSection | None,
-    built: Built,
-    measured: Measured,
-    target: Target,
-) -> list[str]:
-    warnings = list(built.failures)
-    if measured.fidelity.non_finite_samples:
-        warnings.append(f"the compressed model gave NaN or infinity for {measured.fidelity.non_finite_samples} samples")
-    if budget is not None and not budget.met:
-        warnings.append(f"the {budget.measure} top-1 loss is {budget.drop_points:.2f} points: {budget_words(budget)}")
-    if budget is not None and budget.warning:
-        warnings.append(budget.warning)
-    if data.preprocess_from == "default" and data.calibration.kind == "images":
-        warnings.append("the model does not say how its images are prepared: `imagenet` was assumed (--preprocess)")
-    skipped = {dataset.name: dataset.skipped for dataset in (data.calibration, data.held_out) if dataset.skipped}
-    warnings += [f"{number} images of {name} did not decode and were skipped" for name, number in skipped.items()]
-    other = [layer for layer in layers if layer.engine.matches_request is False]
-    if other:
-        warnings.append(
-            f"the engine computes {len(other)} of {len(layers)} linear layers in another element type than asked: "
-            f"{other[0].name}: {other[0].engine.note}{' and others' if len(other) > 1 else ''}"
-        )
-    if any(layer.sparsity.pattern == "block" for layer in layers):
-        warnings.append("no engine gains from block zeros yet: they stay in ordinary MatMuls, at the dense speed")
-    if any(layer.sparsity.pattern == "2:4" and layer.engine.uses_two_four is False for layer in layers):
-        warnings.append(f"the {target.name} engine has no 2:4 kernel for some layers: their zeros gain no speed there")
-    return warnings

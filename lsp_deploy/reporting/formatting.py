@@ -50,7 +50,8 @@ def percent(value: float, digits: int = 1) -> str:
         return f"< {least:g} %"
     if float(shown) == 100 and value < 100:
         return f"> {100 - least:g} %"
-    return f"{int(value)} %" if value == int(value) else f"{shown} %"
+    is_round = value in (0, 100) or (value == int(value) and digits == 1)
+    return f"{int(value)} %" if is_round else f"{shown} %"
 
 
 def points(value: float) -> str:

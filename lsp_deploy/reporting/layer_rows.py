@@ -9,7 +9,11 @@ from lsp_deploy.engines.protocol import EngineInfo, LayerRecord
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.reporting.sections import EngineLayer, LayerPrecision, LayerRow, LayerSparsity
 
-__all__ = ["layer_rows"]
+__all__ = ["WITHOUT_TWO_FOUR", "layer_rows"]
+
+# Builders that multiply by the zeros of a 2:4 weight: TensorRT-RTX 1.7 gives the same bytes with and without
+# SPARSE_WEIGHTS, and ONNX Runtime's CPU provider has no such kernels.
+WITHOUT_TWO_FOUR = frozenset({"onnxruntime", "tensorrt_rtx"})
 
 # What builders call a layer that multiplies.
 _MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected", re.IGNORECASE)
@@ -75,9 +79,11 @@ def _engine_layer(layer: LayerPlan, engine: EngineInfo | None, records: Sequence
     ran = " and ".join(dict.fromkeys(record.precision for record in records))
     two_four = _uses_two_four(first, engine) if layer.sparsity.pattern == "2:4" else None
     notes = [f"asked {asked}, the engine ran {ran} {first.kind}"] if ran != asked else []
-    if layer.sparsity.pattern == "2:4" and two_four is not True:
-        silent = f"{engine.backend} does not say whether this kernel uses the 2:4 zeros"
-        notes.append("no 2:4 kernel was chosen: the zeros gain no speed" if two_four is False else silent)
+    if two_four is False:
+        why = "has no 2:4 kernels" if engine.backend in WITHOUT_TWO_FOUR else "chose no 2:4 kernel"
+        notes.append(f"{engine.backend} {why}: the zeros gain no speed")
+    elif layer.sparsity.pattern == "2:4" and two_four is None:
+        notes.append(f"{engine.backend} does not say whether this kernel uses the 2:4 zeros")
     return EngineLayer(
         precision=ran,
         layer=first.name,
@@ -90,9 +96,7 @@ def _engine_layer(layer: LayerPlan, engine: EngineInfo | None, records: Sequence
 
 
 def _uses_two_four(record: LayerRecord, engine: EngineInfo) -> bool | None:
-    """Return whether a 2:4 kernel was chosen: TensorRT's are called sparse, ONNX Runtime has none, RTX names none."""
-    if engine.backend == "onnxruntime":
+    """Return whether a 2:4 kernel was chosen: TensorRT calls them sparse; None where it names no kernel."""
+    if engine.backend in WITHOUT_TWO_FOUR:
         return False
-    if "sparse" in record.tactic.lower():
-        return True
-    return False if engine.backend == "tensorrt" and record.tactic else None
+    return "sparse" in record.tactic.lower() if record.tactic else None

@@ -84,7 +84,7 @@ def test_a_layer_that_was_cut_into_parts_is_found_by_them(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("backend", "tactic", "expected"),
     [
-        ("tensorrt_rtx", "__myelin_CASK_STUB", None),
+        ("tensorrt_rtx", "__myelin_CASK_STUB", False),
         ("tensorrt", "sm80_xmma_sparse_gemm_i8i8_i8i32", True),
         ("tensorrt", "sm80_xmma_gemm_i8i8_i8i32", False),
         ("tensorrt", "", None),

@@ -123,6 +123,11 @@ def test_percentages_are_round_only_where_they_are(value: float, expected: str) 
     assert formatting.percent(value) == expected
 
 
+def test_shares_of_answers_keep_their_digits() -> None:
+    assert formatting.percent(70, 2) == "70.00 %"
+    assert formatting.percent(100, 2) == "100 %"
+
+
 @pytest.mark.parametrize(("value", "expected"), [(3.42, "3.4 s"), (119.7, "2 min 00 s"), (125, "2 min 05 s")])
 def test_durations(value: float, expected: str) -> None:
     assert formatting.seconds(value) == expected

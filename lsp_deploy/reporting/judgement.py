@@ -1,0 +1,79 @@
+"""What a report says about its own result: whether the budget was kept, and what may be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lsp_deploy.allocation.decide import DEFAULT_MAX_DROP
+from lsp_deploy.evaluation import decisive_drop
+from lsp_deploy.reporting.cards import budget_words
+from lsp_deploy.reporting.layer_rows import WITHOUT_TWO_FOUR
+from lsp_deploy.reporting.sections import BudgetSection, LayerRow
+
+if TYPE_CHECKING:
+    from lsp_deploy.building import Built
+    from lsp_deploy.calibration import CalibrationData
+    from lsp_deploy.engines.fidelity import Fidelity
+    from lsp_deploy.recipe import Recipe
+
+__all__ = ["budget_section", "run_warnings"]
+
+
+def budget_section(fidelity: Fidelity, recipe: Recipe) -> BudgetSection | None:
+    """Return the loss budget and whether the compressed model kept it; None for a model without class scores."""
+    if fidelity.expected_drop_points is None:
+        return None
+    budget = DEFAULT_MAX_DROP if recipe.max_drop is None else recipe.max_drop
+    drop = decisive_drop(fidelity)
+    warning = None
+    if drop.high - drop.low > budget:
+        ends = f"{drop.low:.2f} to {drop.high:.2f} points"
+        warning = f"the drop is known to {ends} only, an interval wider than the budget of {budget:g}"
+        warning += ": more held-out images would settle it" if drop.low <= budget < drop.high else ""
+    return BudgetSection(
+        max_drop_points=budget,
+        typed=recipe.max_drop is not None,
+        measure=drop.measure,
+        drop_points=drop.points,
+        low_points=drop.low,
+        high_points=drop.high,
+        met=drop.points <= budget,
+        warning=warning,
+    )
+
+
+def run_warnings(
+    data: CalibrationData,
+    layers: Sequence[LayerRow],
+    budget: BudgetSection | None,
+    built: Built,
+    fidelity: Fidelity,
+) -> list[str]:
+    """Return what may be wrong with a result, the gravest first."""
+    warnings = list(built.failures)
+    if fidelity.non_finite_samples:
+        warnings.append(f"the compressed model gave NaN or infinity for {fidelity.non_finite_samples} samples")
+    if budget is not None and not budget.met:
+        warnings.append(f"the {budget.measure} top-1 loss is {budget.drop_points:.2f} points: {budget_words(budget)}")
+    if budget is not None and budget.warning:
+        warnings.append(budget.warning)
+    if data.preprocess_from == "default" and data.calibration.kind == "images":
+        warnings.append("the model does not say how its images are prepared: imagenet was assumed (--preprocess)")
+    skipped = {dataset.name: dataset.skipped for dataset in (data.calibration, data.held_out) if dataset.skipped}
+    warnings += [f"{number} images of {name} did not decode and were skipped" for name, number in skipped.items()]
+    other = [layer for layer in layers if layer.engine.matches_request is False]
+    if other:
+        warnings.append(
+            f"the engine computes {len(other)} of {len(layers)} linear layers in another element type than asked: "
+            f"{other[0].name}: {other[0].engine.note}{' and others' if len(other) > 1 else ''}"
+        )
+    if any(layer.sparsity.pattern == "block" for layer in layers):
+        warnings.append("no engine gains from block zeros yet: they stay in ordinary MatMuls, at the dense speed")
+    gain_nothing = sum(layer.engine.uses_two_four is False for layer in layers)
+    if gain_nothing and built.info is not None:
+        builder = built.info.backend
+        why = "it has no kernels for them" if builder in WITHOUT_TWO_FOUR else "it chose other kernels"
+        elsewhere = "; TensorRT on the device itself can use them" if builder == "tensorrt_rtx" else ""
+        warnings.append(f"2:4 zeros of {gain_nothing} layers gain no speed in the {builder} engine: {why}{elsewhere}")
+    return warnings
