@@ -77,7 +77,8 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
 
     stages = _Stages()
     target = load_target(recipe.target)
-    output = OutputFolder.open(options.output or default_output(model, target), model, recipe, force=options.force)
+    output = OutputFolder.check(options.output or default_output(model, target), model, recipe, force=options.force)
+    decided = None if options.plan is None else load_plan(options.plan)
     with stages.time("load"):
         prepared = prepare(model, recipe, target)
     with stages.time("data"):
@@ -86,11 +87,12 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         console.say(note)
     with stages.time("analyse and decide"):
         evaluator = _evaluator(prepared, data, options)
-        plan = _plan(prepared, data, evaluator, recipe, target, options)
+        plan = _plan(prepared, data, evaluator, recipe, target, options, decided)
     with stages.time("apply"):
         compressed = apply_plan(prepared.canonical, plan, prepared.original_io, tensorrt=target.kind == "gpu")
         ValidateTargetPass(target.rules())(compressed)
     with stages.time("write"):
+        output.make()
         save_model(compressed, output.model)
         save_plan(plan, output.plan)
     with stages.time("build"):
@@ -112,7 +114,8 @@ def dry_run(model: Path, recipe: Recipe, options: RunOptions) -> Plan:
     data = _data(prepared, recipe)
     for note in data.notes:
         console.say(note)
-    return _plan(prepared, data, _evaluator(prepared, data, options), recipe, target, options)
+    decided = None if options.plan is None else load_plan(options.plan)
+    return _plan(prepared, data, _evaluator(prepared, data, options), recipe, target, options, decided)
 
 
 def default_output(model: Path, target: Target) -> Path:
@@ -141,11 +144,12 @@ def _plan(
     recipe: Recipe,
     target: Target,
     options: RunOptions,
+    decided: Plan | None,
 ) -> Plan:
     from lsp_deploy.planning import make_plan, replay_plan
 
-    if options.plan is not None:
-        return replay_plan(load_plan(options.plan), prepared, target, options.plan)
+    if decided is not None and options.plan is not None:
+        return replay_plan(decided, prepared, target, options.plan)
     return make_plan(prepared, data, evaluator, recipe, target, options.threads)
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "measure"]
 
+PROFILE_SECONDS = 2.0
+"""Of measuring, for each of the two models."""
+
 
 @dataclass
 class Measured:
@@ -44,6 +47,7 @@ def measure(prepared: PreparedModel, compressed: ir.Model, evaluator: Evaluator,
         OnnxRuntimeEngine.from_model(prepared.original, threads=threads, float32_twin=True) as dense,
         OnnxRuntimeEngine.from_model(compressed, threads=threads, float32_twin=True) as small,
     ):
-        profiles = profile({"dense": dense, "compressed": small}, feeds, threads=threads)
+        engines = {"dense": dense, "compressed": small}
+        profiles = profile(engines, feeds, threads=threads, duration=PROFILE_SECONDS)
         advance(1)
     return Measured(fidelity, profiles)

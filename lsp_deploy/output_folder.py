@@ -46,26 +46,36 @@ class OutputFolder:
         write_report(report, plan, self.path)
 
     @classmethod
-    def open(cls, path: Path, model: Path, recipe: Recipe, *, force: bool) -> OutputFolder:
-        """Make the folder, or take one that is empty or holds the result of the same model and recipe.
+    def check(cls, path: Path, model: Path, recipe: Recipe, *, force: bool) -> OutputFolder:
+        """Take a folder that is new, empty or holds the result of the same model and recipe; makes nothing yet.
 
         Raises:
             UserError: it cannot be written to, holds the input model, or holds another recipe's result.
         """
         folder = cls(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make the output folder {path}: {error.strerror}; choose another with -o"
-            ) from error
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise UserError(f"cannot write to the output folder {path}: permission denied; choose another with -o")
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        if not existing.is_dir():
+            raise UserError(f"the output folder {path} cannot be made: {existing} is a file; choose another -o")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to the output folder {path}: permission denied; choose another -o")
         if folder.model.exists() and model.exists() and folder.model.samefile(model):
-            raise UserError(f"the output folder {path} holds the input model under model.onnx; choose another with -o")
-        if not force and any(path.iterdir()) and not folder._holds_result_of(model, recipe):
+            raise UserError(f"the output folder {path} holds the input model under model.onnx; choose another -o")
+        if not force and existing == path and any(path.iterdir()) and not folder._holds_result_of(model, recipe):
             raise UserError(f"{path} holds something else than this recipe's result; choose another -o, or use --force")
         return folder
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the output folder {self.path}: {error.strerror}; choose another -o"
+            ) from error
 
     def _holds_result_of(self, model: Path, recipe: Recipe) -> bool:
         """Whether plan.json is of the same model and recipe; an interrupted first run left no plan and is resumed."""

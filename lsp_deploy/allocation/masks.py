@@ -41,7 +41,7 @@ def block_mask(score: NDArray[np.float32], block: tuple[int, int], keep: float) 
     Args:
         score: [K, N]; ragged edges form smaller blocks.
         block: (block_k, block_n).
-        keep: fraction of blocks to keep, rounded; at least one survives.
+        keep: fraction of blocks to keep at most; at least one survives.
 
     Returns:
         bool [K, N], constant over each block.
@@ -49,7 +49,7 @@ def block_mask(score: NDArray[np.float32], block: tuple[int, int], keep: float) 
     block_k, block_n = block
     K, N = score.shape
     means = block_sums(score, block) / block_sums(np.ones_like(score), block)
-    survivors = max(1, round(means.size * keep))
+    survivors = max(1, int(means.size * keep + 1e-6))
     kept = np.zeros(means.size, bool)
     kept[np.argsort(-means, axis=None, kind="stable")[:survivors]] = True
     return np.repeat(np.repeat(kept.reshape(means.shape), block_k, axis=0), block_n, axis=1)[:K, :N]

@@ -46,8 +46,10 @@ def test_int8_weights_keep_the_zeros_of_the_mask(run, demo: Path) -> None:
     out = demo.parent / f"{demo.stem}-a100"
     plan = load_plan(out / "plan.json")
     integers = [w for w in weights_of(out / "model.onnx").values() if w.dtype == np.int8 and w.ndim == 2]
-    expected = [layer for layer in plan.layers if layer.precision.dtype == "int8"]
-    assert len(integers) == len(expected) == len(plan.weight_scales)
+    quantized = [layer for layer in plan.layers if layer.precision.dtype == "int8"]
+    assert len(quantized) == len(plan.weight_scales)
+    # TensorRT wants q, k and v apart.
+    assert len(integers) == sum(3 if layer.role == "qkv" else 1 for layer in quantized)
     by_shape = sorted((w.shape, int((w != 0).sum())) for w in integers)
     assert all(nonzero <= shape[0] * shape[1] // 2 for shape, nonzero in by_shape)
 
@@ -196,7 +198,7 @@ def test_a_target_that_no_builder_here_serves_exits_0_and_says_what_to_run(run, 
 
 
 def test_underscores_in_flags(run, demo: Path) -> None:
-    assert run("compress", demo.name, "--target", "a100", "--no_build", "--max_drop", "2").code == 0
+    assert run("compress", demo.name, "--target", "a100", "--no_build", "--max_drop", "50").code == 0
 
 
 def test_the_sm80_engine_is_built_with_its_sidecar(run, demo: Path) -> None:
