@@ -9,7 +9,7 @@ from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.report import Report
 from lsp_deploy.reporting.sections import BudgetSection, FidelitySection
 
-__all__ = ["Card", "budget_words", "cards", "headline"]
+__all__ = ["Card", "as_asked_words", "budget_words", "cards", "headline"]
 
 
 _ZEROS = {"2:4": "2:4 zeros", "block": "zero blocks"}
@@ -180,19 +180,24 @@ def _engine(report: Report) -> Card:
             detail=(engine.not_built_reason or "").splitlines()[0] if engine.not_built_reason else "",
             basis="",
         )
-    known = [layer for layer in report.layers if layer.engine.matches_request is not None]
-    as_asked = sum(layer.engine.matches_request is True for layer in known)
     detail = f"{engine.backend}, {formatting.file_size(engine.size_bytes or 0)}"
     if engine.build_seconds is not None:
         detail += f", in {formatting.seconds(engine.build_seconds)}"
-    detail += f"; {as_asked} of {len(known)} layers run as asked" if known else "; its layers are not known"
+    differs = any(layer.engine.matches_request is False for layer in report.layers)
     return Card(
         title=f"Engine for {report.target.name}",
         value="built",
-        detail=detail,
+        detail=f"{detail}; {as_asked_words(report)}",
         basis="measured",
-        state="good" if as_asked == len(known) else "warn",
+        state="warn" if differs else "good",
     )
+
+
+def as_asked_words(report: Report) -> str:
+    """Return how many layers the engine runs in the type that was asked for, and of how many that is not known."""
+    answers = Counter(layer.engine.matches_request for layer in report.layers)
+    unknown = f", {answers[None]} not known" if answers[None] else ""
+    return f"{answers[True]} of {formatting.count(len(report.layers), 'linear layer')} run as asked{unknown}"
 
 
 def _samples(fidelity: FidelitySection) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lsp_deploy.reporting import formatting
-from lsp_deploy.reporting.cards import budget_words
+from lsp_deploy.reporting.cards import as_asked_words, budget_words
 from lsp_deploy.reporting.plan_table import reason_table
 from lsp_deploy.reporting.report import Report
 
@@ -109,8 +109,5 @@ def _engine_lines(report: Report) -> list[str]:
     words = f"engine: built by {engine.backend}, {formatting.file_size(engine.size_bytes or 0)}"
     if engine.build_seconds is not None:
         words += f" in {formatting.seconds(engine.build_seconds)}"
-    known = [layer for layer in report.layers if layer.engine.matches_request is not None]
-    as_asked = sum(layer.engine.matches_request is True for layer in known)
     counts = ", ".join(f"{number} {kind}" for kind, number in list(engine.layer_counts.items())[:4])
-    matching = f"; {as_asked} of {len(known)} linear layers run as asked" if known else ""
-    return [words + matching + (f"; after fusion {counts}" if counts else "")]
+    return [f"{words}; {as_asked_words(report)}" + (f"; after fusion {counts}" if counts else "")]

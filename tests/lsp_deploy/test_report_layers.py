@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from report_samples import sample_engine, sample_plan
+from report_samples import sample_engine, sample_plan, sample_report
 
 from lsp_deploy.engines.protocol import EngineInfo, LayerRecord
 from lsp_deploy.plan import Plan
+from lsp_deploy.reporting.cards import as_asked_words
 from lsp_deploy.reporting.layer_rows import layer_rows
 from lsp_deploy.reporting.reasons import engine_groups, precision_groups, sparsity_groups
 
@@ -50,6 +51,13 @@ def test_another_type_than_asked_is_said_in_words(plan: Plan) -> None:
     assert rows[1].engine.matches_request is False
     assert "asked int8, the engine ran fp16 gemm" in (rows[1].engine.note or "")
     assert [row.engine.matches_request for row in rows].count(False) == 1
+
+
+def test_the_engine_in_words(plan: Plan) -> None:
+    engine = sample_engine(plan, other_precision=[plan.layers[1].name])
+    assert as_asked_words(sample_report(plan, engine=engine)) == "13 of 14 linear layers run as asked"
+    fewer = engine.model_copy(update={"layers": engine.layers[3:]})
+    assert as_asked_words(sample_report(plan, engine=fewer)) == "11 of 14 linear layers run as asked, 3 not known"
 
 
 def test_a_node_that_the_table_does_not_name_is_unknown(plan: Plan) -> None:
