@@ -11,6 +11,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from lsp_deploy.errors import UserError
 from lsp_deploy.passes.float32_uses import TYPED_BY_ATTRIBUTE, float32_uses
+from lsp_deploy.passes.insertion import insert_after
 from lsp_deploy.passes.layer_weights import add_initializer
 from lsp_deploy.passes.round_constants import round_constant
 from lsp_deploy.passes.set_io_types import SetIoTypesPass, io_types
@@ -165,11 +166,7 @@ def _insert_cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, uses: _Us
     output.name, output.shape, output.type = f"{value.name}_as_{dtype.name.lower()}", value.shape, ir.TensorType(dtype)
     for node, index in uses:
         node.replace_input_with(index, output)
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(next(iter(graph)), cast)
-    else:
-        graph.insert_after(producer, cast)
+    insert_after(graph, value, cast)
     if replaces_output:
         value.name, output.name = f"{value.name}_as_float", value.name
         for index, graph_output in enumerate(graph.outputs):

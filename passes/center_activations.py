@@ -7,6 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lsp_deploy.layer_surroundings import find_bias
+from lsp_deploy.passes.insertion import insert_after
 from lsp_deploy.passes.layer_weights import add_initializer, layer_nodes, output_axis, stored, weight_value
 from lsp_deploy.plan import LayerPlan, Plan
 
@@ -52,11 +53,7 @@ def _subtract(graph: ir.Graph, x: ir.Value, layer: LayerPlan) -> ir.Value:
     subtract = ir.Node("", "Sub", [x, value], name=f"{layer.name}/x/Sub")
     result = subtract.outputs[0]
     result.name, result.shape, result.type = f"{layer.name}/x_centered", x.shape, x.type
-    producer = x.producer()
-    if producer is None:
-        graph.insert_before(next(iter(graph)), subtract)
-    else:
-        graph.insert_after(producer, subtract)
+    insert_after(graph, x, subtract)
     return result
 
 

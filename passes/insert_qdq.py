@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lsp_deploy.errors import UserError
+from lsp_deploy.passes.insertion import insert_after
 from lsp_deploy.passes.layer_weights import add_initializer, layer_nodes, output_axis, stored, weight_value
 from lsp_deploy.plan import LayerPlan, Plan
 
@@ -134,7 +134,7 @@ class _Quantizer:
         operands = [quantize.outputs[0], scale_value, zero]
         dequantize = ir.Node("", "DequantizeLinear", operands, name=f"{layer}/x/DequantizeLinear")
         _describe(dequantize.outputs[0], f"{layer}/x_dq", x.shape, ir.DataType.FLOAT)
-        _insert_after(self.graph, x, [quantize, dequantize])
+        insert_after(self.graph, x, [quantize, dequantize])
         return dequantize.outputs[0]
 
     def _int8_weight(
@@ -164,12 +164,3 @@ class _Quantizer:
 
 def _describe(value: ir.Value, name: str, shape: ir.Shape | None, dtype: ir.DataType) -> None:
     value.name, value.shape, value.type = name, shape, ir.TensorType(dtype)
-
-
-def _insert_after(graph: ir.Graph, value: ir.Value, nodes: Iterable[ir.Node]) -> None:
-    """Insert where `value` is known and none of its consumers has come yet."""
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(next(iter(graph)), nodes)
-    else:
-        graph.insert_after(producer, nodes)
