@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx.reference import ops as reference
 
 from lsp_deploy.passes.constant_inputs import constant_array
-from lsp_deploy.passes.infer_shapes import ShapeInference, standard_opset
+from lsp_deploy.passes.infer_shapes import ShapeInference, reshaped, standard_opset
 from lsp_deploy.passes.known_sizes import is_same_size
 from lsp_deploy.passes.layer_weights import add_initializer
 
@@ -164,7 +164,7 @@ def _fix_reshape(node: ir.Node, inference: ShapeInference) -> bool:
     declared = list(data.shape) if data.shape is not None else []
     fixed = [
         size if isinstance(size, int) else 0 if axis < len(declared) and is_same_size(size, declared[axis]) else -1
-        for axis, size in enumerate(sizes)
+        for axis, size in enumerate(reshaped(node, sizes))
     ]
     if fixed.count(-1) > 1:
         return False

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
-from itertools import zip_longest
+from itertools import count, zip_longest
 
 import onnx
 import onnx_ir as ir
 
 from lsp_deploy.passes.constant_inputs import constant_array
-from lsp_deploy.passes.known_sizes import Sizes, is_same_size, known_sizes, sizes_of
+from lsp_deploy.passes.known_sizes import Size, Sizes, is_same_size, known_sizes, product, quotient, sizes_of
 
-__all__ = ["InferShapesPass", "ShapeInference", "standard_opset"]
+__all__ = ["InferShapesPass", "ShapeInference", "reshaped", "standard_opset"]
 
 # Larger constants are never shapes, axes or sizes.
 _MAX_ELEMENTS = 1024
@@ -35,10 +35,10 @@ class InferShapesPass(ir.passes.InPlacePass):
 def standard_opset(node: ir.Node, opsets: Mapping[str, int]) -> int | None:
     """Return the version of the standard operators that defines `node`; None if it is another's operator.
 
-    com.microsoft has twins of the (de)quantizers, which take 16-bit integers as the standard ones do from opset 21.
+    The (de)quantizers of opset 21 do what those before them did, and com.microsoft's twins of them.
     """
-    if node.domain == "com.microsoft" and node.op_type in ("DequantizeLinear", "QuantizeLinear"):
-        return 21
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear") and node.domain in ("", "com.microsoft"):
+        return max(21, opsets.get("", 0))
     return None if node.domain else opsets.get("")
 
 
@@ -49,15 +49,18 @@ class ShapeInference:
         """Start with what the inputs and initializers declare."""
         self._opsets = model.opset_imports
         self._known: dict[ir.Value, Sizes] = {}
+        taken = _symbols(model.graph)
+        self._names = (name for number in count() if (name := f"unknown_{number}") not in taken)
 
     def infer(self, node: ir.Node) -> bool:
         """Set the types and shapes of the outputs of `node`; return whether any of them changed."""
         before = [(output.type, output.shape) for output in node.outputs]
         for output, type_ in zip(node.outputs, self._infer_types(node), strict=False):
-            _describe(output, type_)
-        shape = self._shape_from_sizes(node)
-        if shape is not None:
-            _refine(node.outputs[0], shape)
+            if type_ is not None:
+                output.type = ir.serde.deserialize_type_proto_for_type(type_) or output.type
+                self._refine(output, ir.serde.deserialize_type_proto_for_shape(type_))
+        self._refine(node.outputs[0], self._shape_from_sizes(node))
+        self._name_unknown(node.outputs)
         sizes = known_sizes(node, self._known)
         if sizes is not None:
             self._known[node.outputs[0]] = sizes
@@ -86,7 +89,7 @@ class ShapeInference:
             return []
         return [inferred.get(str(output.name)) for output in node.outputs]
 
-    def _shape_from_sizes(self, node: ir.Node) -> Sequence[int | ir.SymbolicDim | None] | None:
+    def _shape_from_sizes(self, node: ir.Node) -> list[Size] | None:
         """Return the output shape of nodes that take it as an input which is only partly known."""
         position = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0, "Resize": 3}.get(node.op_type)
         if node.domain or position is None or len(node.inputs) <= position:
@@ -95,26 +98,42 @@ class ShapeInference:
         if sizes is None or sizes.ndim != 1:
             return None
         if node.op_type == "Reshape":
-            return _reshaped(node, sizes)
+            return reshaped(node, sizes)
         if node.op_type == "Expand":
             return _expanded(node, sizes)
         return list(sizes)
 
+    def _refine(self, output: ir.Value, shape: Iterable[Size] | None) -> None:
+        """Set the shape of `output`; where `shape` knows nothing of a dimension, what was declared stays."""
+        if shape is None or (output.shape is not None and output.is_graph_output()):
+            return
+        new = list(shape)
+        old = [None] * len(new) if output.shape is None or len(output.shape) != len(new) else list(output.shape)
+        output.shape = ir.Shape([_precise(*pair) for pair in zip(new, old, strict=True)])
 
-def _reshaped(node: ir.Node, sizes: Sizes) -> list[int | ir.SymbolicDim | None]:
+    def _name_unknown(self, outputs: Iterable[ir.Value]) -> None:
+        """Give every dimension that is not known a name of its own, by which it is recognised further on."""
+        for output in outputs:
+            if output.shape is not None and not output.is_graph_output():
+                sizes = [size if isinstance(size, int) else size.value or next(self._names) for size in output.shape]
+                output.shape = ir.Shape(sizes)
+
+
+def reshaped(node: ir.Node, sizes: Sizes) -> list[Size]:
     """Return the shape that a Reshape to `sizes` gives; None for a dimension that is not known."""
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    shape = list(node.inputs[0].shape) if node.inputs[0] is not None and node.inputs[0].shape is not None else []
     copies = "allowzero" not in node.attributes or not node.attributes["allowzero"].as_int()
-    result: list[int | ir.SymbolicDim | None] = []
-    for axis, size in enumerate(sizes):
-        if size == 0 and copies:
-            result.append(shape[axis] if shape is not None and axis < len(shape) else None)
-        else:
-            result.append(None if size == -1 else size)
+    result: list[Size] = [
+        shape[axis] if size == 0 and copies and axis < len(shape) else size for axis, size in enumerate(sizes)
+    ]
+    for axis, size in enumerate(result):
+        if size == -1:
+            others = product([*result[:axis], *result[axis + 1 :]])
+            result[axis] = quotient(product(shape), others) if shape else None
     return result
 
 
-def _expanded(node: ir.Node, sizes: Sizes) -> list[int | ir.SymbolicDim | None] | None:
+def _expanded(node: ir.Node, sizes: Sizes) -> list[Size] | None:
     """Return the shape that broadcasting the first input to `sizes` gives."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     if shape is None:
@@ -123,39 +142,23 @@ def _expanded(node: ir.Node, sizes: Sizes) -> list[int | ir.SymbolicDim | None] 
     return [_broadcast(dimension, size) for dimension, size in pairs][::-1]
 
 
-def _broadcast(dimension: int | ir.SymbolicDim, size: int | ir.SymbolicDim | None) -> int | ir.SymbolicDim | None:
+def _broadcast(dimension: int | ir.SymbolicDim, size: Size) -> Size:
     if size == 1 or (isinstance(dimension, int) and dimension > 1) or is_same_size(dimension, size):
         return dimension
     return size if dimension == 1 or (isinstance(size, int) and size > 1) else None
 
 
-def _describe(output: ir.Value, proto: onnx.TypeProto | None) -> None:
-    if proto is None:
-        return
-    output.type = ir.serde.deserialize_type_proto_for_type(proto) or output.type
-    shape = ir.serde.deserialize_type_proto_for_shape(proto)
-    if shape is not None:
-        _refine(output, list(shape))
-
-
-def _refine(output: ir.Value, shape: Sequence[int | ir.SymbolicDim | None]) -> None:
-    """Set the shape of `output`; where `shape` knows nothing of a dimension, what was declared stays.
-
-    A dimension that is not known at all gets a name of its own, by which it is recognised further on.
-    """
-    declared = output.shape
-    if declared is not None and output.is_graph_output():
-        return
-    known = [None] * len(shape) if declared is None or len(declared) != len(shape) else list(declared)
-    pairs = zip(shape, known, strict=True)
-    output.shape = ir.Shape([_precise(new, old, f"{output.name}_{axis}") for axis, (new, old) in enumerate(pairs)])
-
-
-def _precise(new: int | ir.SymbolicDim | None, old: int | ir.SymbolicDim | None, name: str) -> int | str:
+def _precise(new: Size, old: Size) -> int | str | None:
     for size in (new, old):
         if isinstance(size, int):
             return size
-    return next((size.value for size in (new, old) if isinstance(size, ir.SymbolicDim) and size.value), name)
+    return next((size.value for size in (new, old) if isinstance(size, ir.SymbolicDim) and size.value), None)
+
+
+def _symbols(graph: ir.Graph) -> set[str]:
+    """Return the names of all dimensions of a graph."""
+    values = [*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)]
+    return {str(size) for value in values for size in value.shape or () if isinstance(size, ir.SymbolicDim)}
 
 
 def _type_proto(value: ir.Value) -> onnx.TypeProto:

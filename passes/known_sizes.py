@@ -2,13 +2,13 @@
 
 Exporters compute shapes in the graph: Shape, Gather, Concat, Reshape. Where only the batch is dynamic, most of the
 numbers are known all the same. A partly known tensor is an object array of int, `ir.SymbolicDim` (a size, hence not
-negative) and None (nothing is known).
+negative, and perhaps a product of others) and None (nothing is known).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from lsp_deploy.passes.constant_inputs import constant_array
 
-__all__ = ["Sizes", "is_same_size", "known_sizes", "sizes_of"]
+__all__ = ["Size", "Sizes", "is_same_size", "known_sizes", "product", "quotient", "sizes_of"]
+
+Size: TypeAlias = "int | ir.SymbolicDim | None"
 
 Sizes = NDArray[np.object_]
 
@@ -56,6 +58,43 @@ def is_same_size(a: Any, b: Any) -> bool:
     if isinstance(a, ir.SymbolicDim) and isinstance(b, ir.SymbolicDim):
         return a.value is not None and a.value == b.value
     return isinstance(a, int) and isinstance(b, int) and a == b
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """Return the product of sizes, None if one is not known."""
+    result: Size = 1
+    for size in sizes:
+        result = _multiply(result, size)
+    return result
+
+
+def quotient(a: Size, b: Size) -> Size:
+    """Return a / b, None if it is not known to be whole."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    if not (_is_named(a) and (isinstance(b, int) or _is_named(b))) or b == 0:
+        return None
+    assert isinstance(a, ir.SymbolicDim) and b is not None
+    try:
+        result = (a / b).evaluate({})
+    except ValueError:
+        # A name that a user gave need not be an expression.
+        return None
+    return result if isinstance(result, int) or "/" not in str(result) else None
+
+
+def _multiply(a: Size, b: Size) -> Size:
+    if a is None or b is None or a == 1:
+        return b if a == 1 else None
+    try:
+        result = a * b
+    except ValueError:
+        return None
+    return result if isinstance(result, int) or result.value is not None else None
+
+
+def _is_named(size: Size) -> bool:
+    return isinstance(size, ir.SymbolicDim) and size.value is not None
 
 
 def _objects(values: Any, shape: tuple[int, ...]) -> Sizes:
@@ -121,6 +160,14 @@ def _where(node: ir.Node, condition: Sizes, a: Sizes, b: Sizes) -> Sizes | None:
     return _elementwise(_choose, condition, a, b)
 
 
+def _mul(node: ir.Node, a: Sizes, b: Sizes) -> Sizes | None:
+    return _elementwise(_multiply, a, b)
+
+
+def _div(node: ir.Node, a: Sizes, b: Sizes) -> Sizes | None:
+    return _elementwise(quotient, a, b)
+
+
 def _elementwise(function: Callable[..., Any], *operands: Sizes) -> Sizes:
     arrays = np.broadcast_arrays(*operands)
     result = np.empty(arrays[0].shape, dtype=object)
@@ -153,6 +200,8 @@ _RULES: dict[str, Callable[..., Sizes | None]] = {
     "Squeeze": _squeeze,
     "Reshape": _reshape,
     "Cast": _cast,
+    "Mul": _mul,
+    "Div": _div,
     "Equal": _equal,
     "Where": _where,
 }

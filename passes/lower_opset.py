@@ -82,11 +82,10 @@ def _check_types(
     version: int,
 ) -> None:
     for index, value in enumerate(values):
-        if value is None or not isinstance(value.type, ir.TensorType):
-            continue
+        dtype = None if value is None else value.dtype
         allowed = parameters[min(index, len(parameters) - 1)].types
-        if f"tensor({value.type.dtype.name.lower()})" not in allowed:
-            raise _refusal(node, version, f"it computes in {value.type.dtype.name.lower()}")
+        if dtype is not None and f"tensor({dtype.name.lower()})" not in allowed:
+            raise _refusal(node, version, f"it computes in {dtype.name.lower()}")
 
 
 def _refusal(node: ir.Node, version: int, reason: str) -> UserError:
