@@ -38,7 +38,7 @@ def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shape
         return Built(not_built="not built: --no-build")
     backend, reason = builder_for(target)
     if backend is None:
-        return Built(not_built=f"{reason}; on the device run: {_commands(target, shapes, sparse)}")
+        return Built(not_built=f"{reason}; on the device run:\n{_commands(target, shapes, sparse)}")
     path = output.engine(backend.name, target.name)
     path.parent.mkdir(exist_ok=True)
     build_options = BuildOptions(

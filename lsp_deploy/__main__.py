@@ -1,0 +1,6 @@
+"""`python -m lsp_deploy`: the command line."""
+
+from lsp_deploy.cli import main
+
+if __name__ == "__main__":
+    main()
