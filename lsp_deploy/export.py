@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lsp_deploy.console import progress
 from lsp_deploy.data.preprocess import METADATA_KEY
@@ -111,7 +111,7 @@ def export_model(
         opset=opset,
         exporter=exporter,
         input_shape=(batch or "batch", *shape),
-        num_classes=int(module.num_classes),
+        num_classes=cast(int, module.num_classes),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         pretrained=pretrained,
     )
@@ -185,17 +185,11 @@ def import_timm() -> Any:
         raise UserError(f"export needs PyTorch and timm ({error}): pip install 'lsp-deploy[torch]'") from error
 
 
-_declared: list[Any] = []
-
-
 def _declare_torchvision_operators() -> None:
     import torch
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # The declarations end with the object that made them.
-    _declared.append(library)
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "torchvision"]:
         del sys.modules[loaded]
 
