@@ -38,9 +38,8 @@ class Histogram:
         """Count every entry of `values` (any shape)."""
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         patterns = flat.view(np.uint32)
-        bins = ((patterns & np.uint32(0x7FFFFFFF)) >> np.uint32(_DROPPED_BITS)).astype(np.int64)
-        bins += (patterns >> np.uint32(31)).astype(np.int64) * _BINS
-        self.counts += np.bincount(bins, minlength=2 * _BINS).reshape(2, _BINS)
+        counts = np.bincount(patterns >> np.uint32(_DROPPED_BITS), minlength=1 << (32 - _DROPPED_BITS))
+        self.counts += counts.reshape(2, -1)[:, :_BINS]
         extremes = [flat.max(initial=0.0), -flat.min(initial=0.0)]
         self.largest = np.maximum(self.largest, extremes)
 
@@ -150,7 +149,7 @@ def _add(
         result[name] = ActivationStatistics(Histogram(), np.zeros(x.shape[1]), np.empty((0, x.shape[1]), np.float32))
     entry = result[name]
     entry.histogram.add(x)
-    entry.square_sum += np.square(x, dtype=np.float64).sum(axis=0)
+    entry.square_sum += np.einsum("ij,ij->j", x, x, dtype=np.float64)
     entry.count += len(x)
     # The share of rows that this batch contributes, so that the sample is spread evenly and bounded.
     wanted = (done + samples) * rows // total_samples - len(entry.rows)
