@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from lsp_deploy.errors import UserError
+from lsp_deploy.passes.decompose_attention import DecomposeAttentionPass
 from lsp_deploy.passes.eliminate_identity import EliminateIdentityPass
 from lsp_deploy.passes.fold_constants import FoldConstantsPass
 from lsp_deploy.passes.fuse_gelu import FuseGeluPass, find_gelus
@@ -17,10 +18,11 @@ from lsp_deploy.passes.lower_opset import LowerOpsetPass
 from lsp_deploy.passes.merge_initializers import MergeInitializersPass
 from lsp_deploy.passes.raise_opset import RaiseOpsetPass
 
-__all__ = ["GELU_OPSET", "LAYER_NORM_OPSET", "canonicalize"]
+__all__ = ["ATTENTION_OPSET", "GELU_OPSET", "LAYER_NORM_OPSET", "canonicalize"]
 
 LAYER_NORM_OPSET = 17
 GELU_OPSET = 20
+ATTENTION_OPSET = 23
 
 
 def canonicalize(model: ir.Model, *, max_opset: int, needed_opset: int = LAYER_NORM_OPSET) -> ir.Model:
@@ -32,7 +34,8 @@ def canonicalize(model: ir.Model, *, max_opset: int, needed_opset: int = LAYER_N
     - every constant is an initializer, no two of which are equal, and whatever depends on constants alone is one: the
       weight of a linear layer is a direct input of its node;
     - values have types and shapes; sizes that follow from them are constants;
-    - LayerNorm and GELU are single nodes (GELU stays in elementary operators where `max_opset` is below 20);
+    - LayerNorm and GELU are single nodes; GELU stays in elementary operators where `max_opset` is below 20, and
+      Attention is written in them where it is below 23;
     - no Identity, unused or repeated node is left, nodes are sorted, and node and value names are unique;
     - the opset is as low as this allows, but at least `needed_opset` and at most `max_opset`.
 
@@ -52,8 +55,12 @@ def canonicalize(model: ir.Model, *, max_opset: int, needed_opset: int = LAYER_N
             f"the model has to be in opset {needed_opset} or later, but the target takes at most {max_opset}; "
             "choose another --precision or --target"
         )
+    # Initializers had to be inputs before IR version 4; opset 17 came with version 8.
+    model.ir_version = max(model.ir_version, 8)
     _run(model, [common.TopologicalSortPass(), common.RemoveInitializersFromInputsPass()])
     _simplify(model)
+    if max_opset < ATTENTION_OPSET:
+        _run(model, [DecomposeAttentionPass()])
     _run(model, [LowerOpsetPass(max_opset), RaiseOpsetPass(needed_opset), FuseLayerNormPass()])
     if max_opset >= GELU_OPSET and any(find_gelus(model.graph)):
         _run(model, [RaiseOpsetPass(GELU_OPSET), FuseGeluPass()])

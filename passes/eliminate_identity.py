@@ -10,7 +10,7 @@ __all__ = ["EliminateIdentityPass"]
 
 
 class EliminateIdentityPass(ir.passes.InPlacePass):
-    """Identity(x) -> x; Dropout(x) at inference -> x; Cast(x) to the type x has -> x.
+    """Identity(x), Dropout(x) at inference and Cast(x) to the type that x has become x.
 
     torch stores one of several equal parameters and hands it to the others through Identity nodes; without them every
     node reads its weight directly. A node stays where the graph needs it: between an output and an input, an

@@ -31,10 +31,11 @@ _LINEAR = frozenset({"Conv", "Gemm", "MatMul"})
 
 
 class FoldConstantsPass(ir.passes.InPlacePass):
-    """Node of constants -> constant; Shape of known sizes -> constant; Reshape to one unknown size -> Reshape to -1.
+    """Nodes of constants, and of sizes that are known, become constants; Reshape gets constant sizes.
 
     Weights behind Transpose, Cast, Reshape or DequantizeLinear become direct initializers. Nothing above 1 MB is
-    expanded unless it is a linear layer's weight. Element types and shapes are inferred on the way.
+    expanded unless it is a linear layer's weight. A Reshape copies or computes the one size that is not known before
+    the model runs. Element types and shapes are inferred on the way.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -44,9 +45,8 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         for node in model.graph:
             modified |= inference.infer(node)
             if _is_foldable(node):
-                arrays = _known_result(node, inference) or _computed_result(
-                    node, standard_opset(node, model.opset_imports)
-                )
+                opset = standard_opset(node, model.opset_imports)
+                arrays = _computed_result(node, opset) or _known_result(node, inference)
                 if arrays is not None:
                     _replace(node, arrays)
                     modified = True

@@ -50,7 +50,7 @@ class DecomposedGelu:
 
 
 class FuseGeluPass(ir.passes.InPlacePass):
-    """x/2 (1 + erf(x/√2)) -> Gelu(x); x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) -> Gelu(x, approximate="tanh").
+    """x/2 (1 + erf(x/√2)), or the same with tanh(√(2/π) (x + 0.044715 x³)), becomes Gelu(x).
 
     In whatever order the products and sums are written. QuickGELU, x σ(1.702 x), is another function and stays.
     """
@@ -65,7 +65,7 @@ class FuseGeluPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(gelus))
 
     def requires(self, model: ir.Model) -> None:
-        """Opset 20, the first that has Gelu."""
+        """Check that the opset has Gelu, which came with 20."""
         if model.opset_imports[""] < 20:
             raise ir.passes.PreconditionError(f"Gelu needs opset 20, not {model.opset_imports['']}")
 

@@ -19,7 +19,7 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT1
 
 
 class FuseLayerNormPass(ir.passes.InPlacePass):
-    """(x - mean) / sqrt(variance + epsilon) * gamma + beta -> LayerNormalization(x, gamma, beta).
+    """(x - mean) / sqrt(variance + epsilon) * gamma + beta becomes LayerNormalization(x, gamma, beta).
 
     Mean and variance are over the last axis. The forms are those of torch, whose half-precision exports compute the
     variance in a wider type, of Hugging Face models and of Keras. Decomposed, the squares overflow in half precision;
@@ -32,13 +32,13 @@ class FuseLayerNormPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(count))
 
     def requires(self, model: ir.Model) -> None:
-        """Opset 17, the first that has LayerNormalization."""
+        """Check that the opset has LayerNormalization, which came with 17."""
         if model.opset_imports[""] < 17:
             raise ir.passes.PreconditionError(f"LayerNormalization needs opset 17, not {model.opset_imports['']}")
 
 
 class _Normalize(RewriteRuleClassBase):
-    """(x - mean) / sqrt(variance + epsilon) -> LayerNormalization(x, 1)."""
+    """(x - mean) / sqrt(variance + epsilon) becomes LayerNormalization(x, 1)."""
 
     def __init__(self, divide: Callable[..., Any], *, widened: bool) -> None:
         """Take how the division is written, and whether it is in a wider type than `x`."""
@@ -83,7 +83,7 @@ class _Normalize(RewriteRuleClassBase):
 
 
 class _KerasLayerNorm(RewriteRuleClassBase):
-    """x * s + (beta - mean * s) -> LayerNormalization(x, gamma, beta), where s = gamma / sqrt(variance + epsilon)."""
+    """x s + (beta - mean s), s = gamma / sqrt(variance + epsilon), becomes LayerNormalization(x, gamma, beta)."""
 
     def pattern(self, op: Any, x: Any, epsilon: Any, exponent: Any, gamma: Any, beta: Any) -> Any:
         """Match the batch normalization that Keras computes LayerNormalization with."""
@@ -122,7 +122,7 @@ class _KerasLayerNorm(RewriteRuleClassBase):
 
 
 class _TakeInScale(RewriteRuleClassBase):
-    """LayerNormalization(x, scale) * gamma -> LayerNormalization(x, scale * gamma)."""
+    """LayerNormalization(x, scale) * gamma becomes LayerNormalization(x, scale * gamma)."""
 
     def pattern(self, op: Any, x: Any, scale: Any, gamma: Any) -> Any:
         """Match a LayerNormalization without bias."""
@@ -140,7 +140,7 @@ class _TakeInScale(RewriteRuleClassBase):
 
 
 class _TakeInBias(RewriteRuleClassBase):
-    """LayerNormalization(x, scale) + beta -> LayerNormalization(x, scale, beta)."""
+    """LayerNormalization(x, scale) + beta becomes LayerNormalization(x, scale, beta)."""
 
     def pattern(self, op: Any, x: Any, scale: Any, beta: Any) -> Any:
         """Match a LayerNormalization without bias."""

@@ -74,7 +74,7 @@ class ShapeInference:
         opset = standard_opset(node, self._opsets)
         schema = None if opset is None else _schema(node.op_type, opset)
         inputs = {str(value.name): value for value in node.inputs if value is not None}
-        if schema is None or _has_graphs(node) or any(value.type is None for value in inputs.values()):
+        if schema is None or _has_graphs(node) or any(value.dtype is None for value in inputs.values()):
             return []
         types = {name: _type_proto(value) for name, value in inputs.items()}
         data = {name: ir.to_proto(tensor) for name, value in inputs.items() if (tensor := _small(value)) is not None}

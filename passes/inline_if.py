@@ -11,7 +11,7 @@ __all__ = ["InlineIfPass"]
 
 
 class InlineIfPass(ir.passes.InPlacePass):
-    """If(constant) -> the nodes of the branch that is taken.
+    """If(constant) becomes the nodes of the branch that is taken.
 
     TorchScript exports squeeze and the like as an If on sizes that constant folding knows.
     """

@@ -16,7 +16,7 @@ __all__ = ["LowerOpsetPass"]
 
 
 class LowerOpsetPass(ir.passes.InPlacePass):
-    """Model of a newer opset -> the same model in opset `version`; an older one stays as it is.
+    """A model of a newer opset becomes the same model in opset `version`; an older one stays as it is.
 
     A node stays as it is where the older definition of its operator takes it: the same inputs, types and attributes,
     but for attributes that say what the older operator does anyway. Reductions, Split and GridSample are rewritten.
@@ -43,7 +43,7 @@ class LowerOpsetPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def requires(self, model: ir.Model) -> None:
-        """The opset asked for is 17 or later."""
+        """Check that the opset asked for is 17 or later."""
         if self.version < 17:
             raise ir.passes.PreconditionError(f"opset {self.version} is older than 17")
 

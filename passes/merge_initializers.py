@@ -10,10 +10,14 @@ import onnx_ir as ir
 __all__ = ["MergeInitializersPass"]
 
 
-class MergeInitializersPass(ir.passes.InPlacePass):
-    """Initializers of equal type, shape and content -> the first of them.
+# So many leading elements tell most weights apart.
+_SAMPLE = 64
 
-    One that is a graph input or output stays. Only those of equal type and shape are hashed.
+
+class MergeInitializersPass(ir.passes.InPlacePass):
+    """Initializers of equal type, shape and content become one.
+
+    One that is a graph input or output stays.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -27,10 +31,12 @@ def _merge(graph: ir.Graph) -> bool:
     for value in graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and not value.is_graph_input() and not value.is_graph_output():
-            alike[(tensor.dtype, *tensor.shape)].append(value)
+            sample = repr(tensor.numpy().flat[:_SAMPLE].tolist())
+            alike[(tensor.dtype, tuple(tensor.shape), sample)].append(value)
     modified = False
     for values in alike.values():
         first: dict[bytes, ir.Value] = {}
+        # Reading all of a weight takes its time: only those that begin alike are hashed.
         for value in values if len(values) > 1 else ():
             kept = first.setdefault(_digest(value), value)
             if kept is not value:
@@ -43,6 +49,5 @@ def _merge(graph: ir.Graph) -> bool:
 def _digest(value: ir.Value) -> bytes:
     tensor = value.const_value
     assert tensor is not None
-    if tensor.dtype == ir.DataType.STRING:
-        return hashlib.sha256(repr(tensor.numpy().tolist()).encode()).digest()
-    return hashlib.sha256(tensor.tobytes()).digest()
+    content = repr(tensor.numpy().tolist()).encode() if tensor.dtype == ir.DataType.STRING else tensor.tobytes()
+    return hashlib.sha256(content).digest()

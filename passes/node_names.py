@@ -10,7 +10,7 @@ __all__ = ["name_beside"]
 
 
 def name_beside(node: ir.Node, op_type: str) -> str:
-    """Return a name for a node of another operator in the place of `node`: /norm1/ReduceMean_1 -> /norm1/Gelu.
+    """Return a name for a node of another operator in the place of `node`: /act/Gelu instead of /act/Erf_1.
 
     It may be taken; `NameFixPass` makes names unique.
     """

@@ -19,7 +19,7 @@ _FIRST_OF_ONNXSCRIPT = 18
 
 
 class RaiseOpsetPass(ir.passes.InPlacePass):
-    """Model of an older opset -> the same model in opset `version`; a newer one stays as it is.
+    """A model of an older opset becomes the same model in opset `version`; a newer one stays as it is.
 
     Of the operators that opsets 14 to 18 changed, these need a change in the graph: RoiAlign (16), reductions and Split
     (18). The rest kept their meaning. The IR version is raised to the one that introduced the opset.
@@ -45,12 +45,12 @@ class RaiseOpsetPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
     def requires(self, model: ir.Model) -> None:
-        """Opset 13 or later."""
+        """Check that the opset is 13 or later."""
         if model.opset_imports[""] < 13:
             raise ir.passes.PreconditionError(f"opset {model.opset_imports['']} is older than 13")
 
     def ensures(self, model: ir.Model) -> None:
-        """At least the opset asked for."""
+        """Check that the opset is at least the one asked for."""
         if model.opset_imports[""] < self.version:
             raise ir.passes.PostconditionError(f"opset {model.opset_imports['']} is older than {self.version}")
 

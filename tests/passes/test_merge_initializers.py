@@ -49,3 +49,11 @@ def test_keeps_constants_that_are_outputs_or_inputs() -> None:
 def test_negative_zero_is_not_zero() -> None:
     weights = {"a": np.zeros((8, 8), np.float32), "b": -np.zeros((8, 8), np.float32)}
     assert merged(graph("u = MatMul(x, a) v = MatMul(u, b) y = Add(v, x)", weights=weights)) == ["a", "b"]
+
+
+def test_constants_that_only_begin_alike_stay_apart() -> None:
+    end = ONES.copy()
+    end[-1, -1] = 2
+    big = {"a": np.tile(ONES, (16, 16)), "b": np.tile(end, (16, 16)), "c": np.tile(end, (16, 16)).T.copy()}
+    nodes = "u = MatMul(x, a) v = MatMul(u, b) y = MatMul(v, c)"
+    assert merged(graph(nodes, x="float[2, 128] x", y="float[2, 128] y", weights=big)) == ["a", "b"]
