@@ -211,3 +211,49 @@ def test_the_sm80_engine_is_built_with_its_sidecar(run, demo: Path) -> None:
     plan = load_plan(engines.parent / "plan.json")
     asked = sum(layer.precision.dtype == "int8" for layer in plan.layers)
     assert sum(layer["kind"] == "gemm" and layer["precision"] == "int8" for layer in sidecar["layers"]) == asked
+
+
+@pytest.fixture
+def paying_target(bare: Path) -> str:
+    """A target on which 2:4 pays for layers as small as the embedded model's."""
+    toml = 'base = "a100"\nname = "tiny"\n[pays]\nsparse24_min_k = 16\nsparse24_min_n = 16\nsource = "a test"\n'
+    Path("tiny.toml").write_text(toml)
+    return "./tiny.toml"
+
+
+def test_auto_prunes_where_it_pays_and_stays_within_the_budget(run, bare: Path, paying_target: str) -> None:
+    arguments = (*DATA, "--max-drop", "3", "--no-build", "-o", "out")
+    result = run("compress", bare.name, "--target", paying_target, *arguments)
+    assert result.code == 0, result.err
+    report = json.loads(Path("out/report.json").read_text())
+    pruned = [layer for layer in report["layers"] if layer["sparsity"]["pattern"] == "2:4"]
+    assert 0 < len(pruned) < 16
+    assert report["budget"]["drop_points"] <= 3
+    left = [layer["sparsity"]["reason"] for layer in report["layers"] if layer["sparsity"]["pattern"] == "dense"]
+    assert any("above 3 points" in reason for reason in left)
+
+
+def test_auto_stops_at_the_flops_target(run, bare: Path, paying_target: str) -> None:
+    arguments = (*DATA, "--max-drop", "100", "--flops", "0.8", "--no-build", "-o", "out")
+    assert run("compress", bare.name, "--target", paying_target, *arguments).code == 0
+    report = json.loads(Path("out/report.json").read_text())
+    assert 0.7 < report["flops"]["linear_remaining_fraction"] <= 0.8
+    assert any("is met without it" in layer["sparsity"]["reason"] for layer in report["layers"])
+
+
+def test_auto_without_real_images_prunes_nothing_even_where_it_pays(run, bare: Path, paying_target: str) -> None:
+    assert run("compress", bare.name, "--target", paying_target, "--no-build", "-o", "out").code == 0
+    assert not load_plan(Path("out/plan.json")).masks
+
+
+def test_a_flops_target_that_blocks_cannot_reach_is_bad_input(run, bare: Path) -> None:
+    result = run("compress", bare.name, "--target", "a100", *DATA, "--sparsity", "block", "--flops", "0.001")
+    assert result.code == 2
+    assert "cannot be reached" in result.err
+
+
+def test_block_without_flops_goes_as_far_as_the_budget(run, bare: Path) -> None:
+    arguments = ("--sparsity", "block", "--block", "16x16", "--max-drop", "5", "--no-build", "-o", "out")
+    result = run("compress", bare.name, "--target", "a100", *DATA, *arguments)
+    assert result.code == 0, result.err
+    assert json.loads(Path("out/report.json").read_text())["flops"]["linear_remaining_fraction"] < 1
