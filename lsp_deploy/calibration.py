@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lsp_deploy.preparation import PreparedModel
     from lsp_deploy.recipe import Recipe
 
-__all__ = ["CalibrationData", "open_data", "open_named"]
+__all__ = ["CalibrationData", "open_data", "open_named", "warn_assumed_preprocess"]
 
 DEFAULT_SAMPLES = 512
 NAMED_SAMPLES = 64
@@ -64,6 +64,7 @@ def open_data(prepared: PreparedModel, recipe: Recipe) -> CalibrationData:
         samples=samples,
         seed=recipe.seed,
     )
+    warn_assumed_preprocess(named, preprocess_from)
     data = _split(prepared, recipe, named, preprocess_from)
     data.notes[:0] = notes
     return data
@@ -100,11 +101,15 @@ def open_named(
     )
     if preprocess is not None and dataset.kind != "images":
         raise UserError(f"--preprocess is for images; {source} is fed to the model as it is: leave it out")
-    if origin == "default" and dataset.kind == "images":
-        console.warn("the model says nothing of its preprocessing; `imagenet` is assumed (--preprocess to change it)")
     if dataset.skipped:
         console.warn(f"{source}: {dataset.skipped} images do not decode and were skipped")
     return _with_fitting_labels(dataset, model, source), origin
+
+
+def warn_assumed_preprocess(dataset: Dataset, preprocess_from: str) -> None:
+    """Warn where images are prepared in a way that nobody named."""
+    if preprocess_from == "default" and dataset.kind == "images":
+        console.warn("the model says nothing of its preprocessing; `imagenet` is assumed (--preprocess to change it)")
 
 
 def _with_fitting_labels(dataset: Dataset, model: ir.Model, source: str) -> Dataset:

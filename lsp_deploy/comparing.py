@@ -64,7 +64,7 @@ def compare_models(
     Raises:
         UserError: models whose inputs differ, or data that does not fit them.
     """
-    from lsp_deploy.calibration import NAMED_SAMPLES, open_named
+    from lsp_deploy.calibration import NAMED_SAMPLES, open_named, warn_assumed_preprocess
     from lsp_deploy.evaluation import Evaluator
     from lsp_deploy.model import load_model, resolve_shapes
     from lsp_deploy.recipe import NAMED_DATA
@@ -72,7 +72,7 @@ def compare_models(
     models = {"dense": load_model(dense), "compressed": load_model(compressed)}
     _check_same_inputs(models, dense, compressed)
     resolved = resolve_shapes(models["dense"], shapes, batch=DEFAULT_BATCHES[-1])
-    dataset, _ = open_named(
+    dataset, preprocess_from = open_named(
         models["dense"],
         resolved,
         data,
@@ -82,6 +82,7 @@ def compare_models(
         samples=samples or (NAMED_SAMPLES if data in NAMED_DATA else None),
         seed=0,
     )
+    warn_assumed_preprocess(dataset, preprocess_from)
     evaluator = Evaluator(models["dense"], models["dense"], dataset, batch=DEFAULT_BATCHES[-1], threads=threads)
     return Comparison(
         dense=str(dense),
