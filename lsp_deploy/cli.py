@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -375,10 +375,10 @@ def _print_json(value: Any) -> None:
 
 def _with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a verb one flag for every field of `Recipe`; it receives those that were typed as `flags`."""
-    hints = get_type_hints(command, include_extras=True)
+    # Not get_type_hints: on Python 3.10 it hides the options of parameters whose default is None.
     own = [
-        parameter.replace(annotation=hints[name], kind=signatures.Parameter.KEYWORD_ONLY)
-        for name, parameter in signatures.signature(command).parameters.items()
+        parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY)
+        for name, parameter in signatures.signature(command, eval_str=True).parameters.items()
         if name != "flags"
     ]
     flags: list[signatures.Parameter] = []

@@ -64,10 +64,10 @@ def compare_models(
     Raises:
         UserError: models whose inputs differ, or data that does not fit them.
     """
-    from lsp_deploy.calibration import NAMED_SAMPLES, open_named, warn_assumed_preprocess
-    from lsp_deploy.evaluation import Evaluator
     from lsp_deploy.model import load_model, resolve_shapes
     from lsp_deploy.recipe import NAMED_DATA
+    from lsp_deploy.steps.calibration import NAMED_SAMPLES, open_named, warn_assumed_preprocess
+    from lsp_deploy.steps.evaluation import Evaluator
 
     models = {"dense": load_model(dense), "compressed": load_model(compressed)}
     _check_same_inputs(models, dense, compressed)

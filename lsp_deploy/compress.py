@@ -15,11 +15,11 @@ from lsp_deploy.plan import Plan, load_plan, save_plan
 from lsp_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    from lsp_deploy.calibration import CalibrationData
-    from lsp_deploy.evaluation import Evaluator
     from lsp_deploy.hardware.target import Target
-    from lsp_deploy.preparation import PreparedModel
     from lsp_deploy.reporting.report import Report
+    from lsp_deploy.steps.calibration import CalibrationData
+    from lsp_deploy.steps.evaluation import Evaluator
+    from lsp_deploy.steps.preparation import PreparedModel
 
 __all__ = ["Outcome", "RunOptions", "compress", "dry_run"]
 
@@ -65,15 +65,15 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
     Raises:
         UserError: input that cannot be worked with; nothing is left half-written.
     """
-    from lsp_deploy.apply import apply_plan
-    from lsp_deploy.building import build_engine
     from lsp_deploy.hardware.target import load_target
-    from lsp_deploy.measuring import measure
     from lsp_deploy.model import save_model
-    from lsp_deploy.output_folder import OutputFolder
     from lsp_deploy.passes.validate_target import ValidateTargetPass
-    from lsp_deploy.preparation import prepare
     from lsp_deploy.reporting.assemble import assemble
+    from lsp_deploy.steps.apply import apply_plan
+    from lsp_deploy.steps.building import build_engine
+    from lsp_deploy.steps.measuring import measure
+    from lsp_deploy.steps.output_folder import OutputFolder
+    from lsp_deploy.steps.preparation import prepare
 
     stages = _Stages()
     target = load_target(recipe.target)
@@ -96,7 +96,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         save_model(compressed, output.model)
         save_plan(plan, output.plan)
     with stages.time("build"):
-        built = build_engine(output, target, plan, prepared.shapes, options)
+        built = build_engine(output, target, plan, prepared.shapes, wanted=options.build)
     with stages.time("measure"):
         measured = measure(prepared, compressed, evaluator, options.threads)
     report = assemble(prepared, data, plan, target, recipe, built, measured, stages.seconds, output, options.command)
@@ -107,7 +107,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
 def dry_run(model: Path, recipe: Recipe, options: RunOptions) -> Plan:
     """Return the plan that `compress` would carry out; writes nothing."""
     from lsp_deploy.hardware.target import load_target
-    from lsp_deploy.preparation import prepare
+    from lsp_deploy.steps.preparation import prepare
 
     target = load_target(recipe.target)
     prepared = prepare(model, recipe, target)
@@ -124,14 +124,14 @@ def default_output(model: Path, target: Target) -> Path:
 
 
 def _data(prepared: PreparedModel, recipe: Recipe) -> CalibrationData:
-    from lsp_deploy.calibration import open_data
+    from lsp_deploy.steps.calibration import open_data
 
     return open_data(prepared, recipe)
 
 
 def _evaluator(prepared: PreparedModel, data: CalibrationData, options: RunOptions) -> Evaluator:
-    from lsp_deploy.evaluation import Evaluator
-    from lsp_deploy.planning import batch_size
+    from lsp_deploy.steps.evaluation import Evaluator
+    from lsp_deploy.steps.planning import batch_size
 
     batch = batch_size(prepared)
     return Evaluator(prepared.original, prepared.canonical, data.held_out, batch=batch, threads=options.threads)
@@ -146,7 +146,7 @@ def _plan(
     options: RunOptions,
     decided: Plan | None,
 ) -> Plan:
-    from lsp_deploy.planning import make_plan, replay_plan
+    from lsp_deploy.steps.planning import make_plan, replay_plan
 
     if decided is not None and options.plan is not None:
         return replay_plan(decided, prepared, target, options.plan)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from lsp_deploy.constants import is_constant, root_of
 from lsp_deploy.files import sha256_of
+from lsp_deploy.graph.constants import is_constant, root_of
+from lsp_deploy.graph.weight_patterns import find_pattern
 from lsp_deploy.linear_layers import LinearLayer, attention_flops, linear_layers
 from lsp_deploy.model import input_shapes, load_model, resolve_shapes
-from lsp_deploy.weight_patterns import find_pattern
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

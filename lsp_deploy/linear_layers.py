@@ -10,13 +10,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lsp_deploy.attention_flops import attention_flops
-from lsp_deploy.constants import constant_values, evaluate, root_of
-from lsp_deploy.dataflow import DataFlow, depend_on_inputs
-from lsp_deploy.layer_surroundings import find_activation, find_bias, find_residual
-from lsp_deploy.measured_shapes import measure_shapes
+from lsp_deploy.graph.attention_flops import attention_flops
+from lsp_deploy.graph.constants import constant_values, evaluate, root_of
+from lsp_deploy.graph.dataflow import DataFlow, depend_on_inputs
+from lsp_deploy.graph.layer_surroundings import find_activation, find_bias, find_residual
+from lsp_deploy.graph.measured_shapes import measure_shapes
+from lsp_deploy.graph.roles import Role, assign_blocks, assign_roles
 from lsp_deploy.model import resolve_shapes
-from lsp_deploy.roles import Role, assign_blocks, assign_roles
 
 __all__ = ["LinearLayer", "Role", "attention_flops", "linear_layers", "replace_weight"]
 

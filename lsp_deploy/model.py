@@ -14,7 +14,7 @@ from onnx_ir.passes.common import InlinePass
 
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import atomic_path, write_bytes
-from lsp_deploy.model_checks import check_external_data, check_structure, check_weights
+from lsp_deploy.graph.model_checks import check_external_data, check_structure, check_weights
 
 __all__ = ["MAX_OPSET", "MIN_OPSET", "input_shapes", "load_model", "model_bytes", "resolve_shapes", "save_model"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lsp_deploy.layer_surroundings import find_bias
+from lsp_deploy.graph.layer_surroundings import find_bias
 from lsp_deploy.passes.insertion import insert_after
 from lsp_deploy.passes.layer_weights import add_initializer, layer_nodes, output_axis, stored, weight_value
 from lsp_deploy.plan import LayerPlan, Plan

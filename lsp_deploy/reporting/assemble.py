@@ -36,16 +36,16 @@ from lsp_deploy.reporting.sections import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from lsp_deploy.building import Built
-    from lsp_deploy.calibration import CalibrationData
     from lsp_deploy.data import Dataset
     from lsp_deploy.engines.fidelity import Fidelity
     from lsp_deploy.engines.profiler import Profile
     from lsp_deploy.hardware.target import Target
-    from lsp_deploy.measuring import Measured
-    from lsp_deploy.output_folder import OutputFolder
-    from lsp_deploy.preparation import PreparedModel
     from lsp_deploy.recipe import Recipe
+    from lsp_deploy.steps.building import Built
+    from lsp_deploy.steps.calibration import CalibrationData
+    from lsp_deploy.steps.measuring import Measured
+    from lsp_deploy.steps.output_folder import OutputFolder
+    from lsp_deploy.steps.preparation import PreparedModel
 
 __all__ = ["assemble"]
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lsp_deploy.allocation.decide import DEFAULT_MAX_DROP
-from lsp_deploy.evaluation import decisive_drop
 from lsp_deploy.reporting.cards import budget_words
 from lsp_deploy.reporting.layer_rows import WITHOUT_TWO_FOUR
 from lsp_deploy.reporting.sections import BudgetSection, LayerRow
+from lsp_deploy.steps.evaluation import decisive_drop
 
 if TYPE_CHECKING:
-    from lsp_deploy.building import Built
-    from lsp_deploy.calibration import CalibrationData
     from lsp_deploy.engines.fidelity import Fidelity
     from lsp_deploy.recipe import Recipe
+    from lsp_deploy.steps.building import Built
+    from lsp_deploy.steps.calibration import CalibrationData
 
 __all__ = ["budget_section", "run_warnings"]
 

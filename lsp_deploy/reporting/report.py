@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from lsp_deploy.files import write_text
-from lsp_deploy.plan import Plan
 from lsp_deploy.reporting.sections import (
     BudgetSection,
     DataSection,
@@ -29,7 +26,7 @@ from lsp_deploy.reporting.sections import (
     TargetSection,
 )
 
-__all__ = ["Report", "report_schema", "write_report"]
+__all__ = ["Report", "report_schema"]
 
 
 class Report(Section):
@@ -56,24 +53,6 @@ class Report(Section):
     host: HostSection = Field(description="the machine that measured")
     run: RunSection = Field(description="what the run itself took")
     outputs: list[OutputFile] = Field(default_factory=list, description="files written")
-
-
-def write_report(report: Report, plan: Plan, directory: Path) -> None:
-    """Write report.json and report.html into `directory`, each atomically.
-
-    Args:
-        report: the account of the run.
-        plan: its masks are drawn in the page.
-        directory: an existing folder.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    from lsp_deploy.reporting.page import render_page
-
-    page = render_page(report, plan)
-    write_text(directory / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_text(directory / "report.html", page)
 
 
 def report_schema() -> str:

@@ -29,7 +29,7 @@ Run = Callable[..., Result]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run `lsp-deploy ARGUMENTS` and return its exit code and output."""
 
-    monkeypatch.setattr("lsp_deploy.measuring.PROFILE_SECONDS", 0.1)
+    monkeypatch.setattr("lsp_deploy.steps.measuring.PROFILE_SECONDS", 0.1)
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["lsp-deploy", *map(str, arguments)])

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from lsp_deploy.errors import UserError
+from lsp_deploy.graph.weight_patterns import BLOCK_SHAPES, find_pattern
 from lsp_deploy.inspection import inspect_model, inspection_table
-from lsp_deploy.weight_patterns import BLOCK_SHAPES, find_pattern
 
 RNG = np.random.default_rng(0)
 K, N = 128, 192

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from report_samples import sample_engine, sample_plan
 
-from lsp_deploy.building import Built
 from lsp_deploy.engines.fidelity import Fidelity
 from lsp_deploy.recipe import Recipe
 from lsp_deploy.reporting.judgement import budget_section, run_warnings
 from lsp_deploy.reporting.layer_rows import layer_rows
+from lsp_deploy.steps.building import Built
 
 EXPECTED = {"expected_drop_points": 0.8, "expected_drop_low_points": 0.5, "expected_drop_high_points": 1.2}
 MEASURED = {"measured_drop_points": 1.4, "measured_drop_low_points": 0.9, "measured_drop_high_points": 1.9}

@@ -13,7 +13,8 @@ from report_samples import sample_engine, sample_plan, sample_report
 
 from lsp_deploy.files import sha256_of
 from lsp_deploy.plan import plan_schema
-from lsp_deploy.reporting.report import Report, report_schema, write_report
+from lsp_deploy.reporting.report import Report, report_schema
+from lsp_deploy.reporting.writing import write_report
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -96,15 +96,14 @@ def test_dynamo_of_a_newer_opset_is_lowered() -> None:
     assert after.opset_imports[""] == 20
 
 
-@pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 16), ("torchscript", 17), ("dynamo", 18)])
-def test_half_precision(exporter: str, opset: int) -> None:
-    after = check(export_family(DEIT, exporter=exporter, opset=opset, dtype="fp16"), norms=NORMS[DEIT], relative=1e-2)
+@pytest.mark.parametrize("opset", [16, 17])
+def test_half_precision(opset: int) -> None:
+    after = check(export_family(DEIT, opset=opset, dtype="fp16"), norms=NORMS[DEIT], relative=1e-2)
     assert operators(after)["Cast"] == 0
 
 
-@pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 17), ("dynamo", 18)])
-def test_huggingface_vit(exporter: str, opset: int) -> None:
-    check(export_huggingface_vit(exporter=exporter, opset=opset), norms=(5, 2))
+def test_huggingface_vit() -> None:
+    check(export_huggingface_vit(), norms=(5, 2))
 
 
 @pytest.mark.parametrize(("exporter", "opset"), [("torchscript", 18), ("dynamo", 18)])

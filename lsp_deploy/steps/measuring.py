@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from lsp_deploy.engines.fidelity import Fidelity
     from lsp_deploy.engines.profiler import Profile
-    from lsp_deploy.evaluation import Evaluator
-    from lsp_deploy.preparation import PreparedModel
+    from lsp_deploy.steps.evaluation import Evaluator
+    from lsp_deploy.steps.preparation import PreparedModel
 
 __all__ = ["Measured", "measure"]
 

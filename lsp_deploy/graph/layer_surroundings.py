@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from lsp_deploy.constants import evaluate, is_constant, operators
-from lsp_deploy.dataflow import NONLINEAR, DataFlow, data_inputs
+from lsp_deploy.graph.constants import evaluate, is_constant, operators
+from lsp_deploy.graph.dataflow import NONLINEAR, DataFlow, data_inputs
 
 __all__ = ["find_activation", "find_bias", "find_residual"]
 

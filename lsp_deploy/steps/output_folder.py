@@ -41,7 +41,7 @@ class OutputFolder:
 
     def write_report(self, report: Report, plan: Plan) -> None:
         """Write report.json and report.html."""
-        from lsp_deploy.reporting.report import write_report
+        from lsp_deploy.reporting.writing import write_report
 
         write_report(report, plan, self.path)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from lsp_deploy.constants import constant_values, evaluate, operators
+from lsp_deploy.graph.constants import constant_values, evaluate, operators
 
 __all__ = ["NONLINEAR", "DataFlow", "Reach", "data_inputs", "depend_on_inputs", "is_depthwise"]
 

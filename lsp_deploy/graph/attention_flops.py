@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from lsp_deploy.dataflow import DataFlow
-from lsp_deploy.measured_shapes import measure_shapes
+from lsp_deploy.graph.dataflow import DataFlow
+from lsp_deploy.graph.measured_shapes import measure_shapes
 from lsp_deploy.model import resolve_shapes
 
 __all__ = ["attention_flops"]

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from lsp_deploy import console
 from lsp_deploy.allocation.decide import Question, decide, set_weight_scales
 from lsp_deploy.allocation.masks import block_mask, magnitude_score, two_four_mask
-from lsp_deploy.apply import apply_decisions
 from lsp_deploy.errors import UserError
-from lsp_deploy.evaluation import Evaluator
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.sensitivity.activations import ActivationStatistics, collect_activations
 from lsp_deploy.sensitivity.quantization import activation_grid
+from lsp_deploy.steps.apply import apply_decisions
+from lsp_deploy.steps.evaluation import Evaluator
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from lsp_deploy.calibration import CalibrationData
     from lsp_deploy.hardware.target import Target
-    from lsp_deploy.preparation import PreparedModel
     from lsp_deploy.recipe import Recipe
+    from lsp_deploy.steps.calibration import CalibrationData
+    from lsp_deploy.steps.preparation import PreparedModel
 
 __all__ = ["batch_size", "make_plan", "replay_plan"]
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from numpy.typing import NDArray
 
-from lsp_deploy.apply import apply_decisions
 from lsp_deploy.plan import Plan
+from lsp_deploy.steps.apply import apply_decisions
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from lsp_deploy import console
 
 if TYPE_CHECKING:
-    from lsp_deploy.compress import RunOptions
     from lsp_deploy.engines.protocol import EngineInfo
     from lsp_deploy.hardware.target import Target
-    from lsp_deploy.output_folder import OutputFolder
     from lsp_deploy.plan import Plan
-    from lsp_deploy.preparation import Shapes
+    from lsp_deploy.steps.output_folder import OutputFolder
+    from lsp_deploy.steps.preparation import Shapes
 
 __all__ = ["Built", "build_engine"]
 
@@ -28,13 +27,16 @@ class Built:
     """Filled when a builder that serves the target failed (exit code 1)."""
 
 
-def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shapes, options: RunOptions) -> Built:
-    """Build the target's engine from the written model, in the first builder of the target that is usable here."""
+def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shapes, *, wanted: bool) -> Built:
+    """Build the target's engine from the written model, in the first builder of the target that is usable here.
+
+    `wanted` is False where the user asked for none.
+    """
     from lsp_deploy.engines.backends import builder_for
     from lsp_deploy.engines.protocol import BuildOptions, EngineBuildError
 
     sparse = any(layer.sparsity.pattern == "2:4" for layer in plan.layers)
-    if not options.build:
+    if not wanted:
         return Built(not_built="not built: --no-build")
     backend, reason = builder_for(target)
     if backend is None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from lsp_deploy.dataflow import DataFlow, Reach, data_inputs
+from lsp_deploy.graph.dataflow import DataFlow, Reach, data_inputs
 
 __all__ = ["Role", "assign_blocks", "assign_roles"]
 

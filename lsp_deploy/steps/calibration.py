@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from lsp_deploy.data import Dataset
-    from lsp_deploy.preparation import PreparedModel
     from lsp_deploy.recipe import Recipe
+    from lsp_deploy.steps.preparation import PreparedModel
 
 __all__ = ["CalibrationData", "open_data", "open_named", "warn_assumed_preprocess"]
 
@@ -118,7 +118,7 @@ def _with_fitting_labels(dataset: Dataset, model: ir.Model, source: str) -> Data
     Raises:
         UserError: a label that was given is not a class of the model.
     """
-    from lsp_deploy.evaluation import class_count
+    from lsp_deploy.steps.evaluation import class_count
 
     classes = class_count(model)
     if dataset.labels is None or classes is None:

@@ -1,0 +1,1 @@
+"""How a graph is read: data flow, roles, surroundings and measured shapes behind the LinearLayer view."""
