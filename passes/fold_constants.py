@@ -90,7 +90,10 @@ def _computed_result(node: ir.Node, opset: int | None) -> list[NDArray[Any]] | N
         for name, attribute in node.attributes.items()
     }
     try:
-        results = reference.load_op("", node.op_type, opset).eval(*operands, n_outputs=len(node.outputs), **attributes)
+        operator = reference.load_op("", node.op_type, opset)
+        # Infinities in masks are meant.
+        with np.errstate(all="ignore"):
+            results = operator.eval(*operands, n_outputs=len(node.outputs), **attributes)
     except (ArithmeticError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
         # The reference implementation does not cover every form of every operator: such a node stays.
         return None

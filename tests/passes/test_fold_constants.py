@@ -253,3 +253,10 @@ def test_nothing_of_the_weights_is_lost() -> None:
     np.testing.assert_array_equal(after.graph.initializers["w"].const_value.numpy(), WEIGHT.T)
     x = RANDOM.standard_normal((2, 5, 8)).astype(np.float32)
     np.testing.assert_allclose(run(after, {"x": x})[0], x @ WEIGHT.T + WEIGHT[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinities_are_folded_without_a_warning() -> None:
+    nodes = "m = Log(zeros) n = Sub(m, m) k = IsNaN(n) y = Where(k, x, m)"
+    after = folded(graph(nodes, weights={"zeros": np.zeros(8, np.float32)}))
+    assert operators(after) == {"Where": 1}

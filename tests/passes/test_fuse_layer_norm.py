@@ -207,6 +207,9 @@ LOOKALIKES = {
         AFFINE,
     ),
     "numerator is x": (MEAN, VARIANCE, DIVIDE.replace("Div(deviation", "Div(x"), AFFINE),
+    "Keras with another mean moved": [
+        part.replace("Mul(mean, scale)", "Mul(variance, scale)") for part in FORMS["Keras"]
+    ],
     "half by root": (
         MEAN,
         VARIANCE,
