@@ -66,7 +66,9 @@ def main() -> None:
     except CheckFailedError as error:
         _fail(str(error), CHECK_FAILED)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", INTERRUPTED)
+        result = INTERRUPTED
+    if result == INTERRUPTED:  # typer catches Ctrl-C itself
+        _fail("interrupted; files that are written are whole, run the same command again", INTERRUPTED)
     sys.exit(result if isinstance(result, int) else DONE)
 
 

@@ -207,3 +207,13 @@ def test_full_output_folder(run, bare: Path, monkeypatch: pytest.MonkeyPatch) ->
     result = run("compress", bare.name, "--target", "a100", "--no-build", "-o", "out")
     assert_refused(result, "No space left")
     assert not [p for p in Path("out").rglob("*") if p.is_file()]
+
+
+def test_ctrl_c_exits_130_with_one_line(run, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lsp_deploy.steps.preparation.prepare", interrupted)
+    result = run("compress", bare.name, "--target", "a100")
+    assert result.code == 130
+    assert result.err.splitlines() == ["interrupted; files that are written are whole, run the same command again"]
