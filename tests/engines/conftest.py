@@ -45,10 +45,14 @@ def _model(kind: str, batch: int | str, seed: int) -> onnx.ModelProto:
     left, right = "normed", "weight"
     if kind in QUANTIZED:
         initializers += _quantized(weight, QUANTIZED[kind])
+        # ONNX Runtime up to 1.23, the last for Python 3.10, crashes on a weight without zero points.
+        initializers.append(helper.make_tensor("weight_zero", QUANTIZED[kind], [N], bytes(N), raw=True))
         nodes += [
             helper.make_node("QuantizeLinear", ["normed", "x_scale", "x_zero"], ["normed_q"], "quantize"),
             helper.make_node("DequantizeLinear", ["normed_q", "x_scale", "x_zero"], ["normed_dq"], "dequantize"),
-            helper.make_node("DequantizeLinear", ["weight_q", "weight_scale"], ["weight_dq"], "weight", axis=1),
+            helper.make_node(
+                "DequantizeLinear", ["weight_q", "weight_scale", "weight_zero"], ["weight_dq"], "weight", axis=1
+            ),
         ]
         left, right = "normed_dq", "weight_dq"
     else:

@@ -2,9 +2,11 @@
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from exports import export_clip, export_family
 from onnx_ir.passes.common import CheckerPass
+from packaging.version import Version
 from pass_models import array_of, graph, node_of, op_types, run
 
 from lsp_deploy.errors import UserError
@@ -188,16 +190,17 @@ def test_a_constant_read_in_both_types_is_held_in_both():
     np.testing.assert_allclose(run(model, x=X)["y"], X * c + c.sum(), rtol=1e-2, atol=1e-2)
 
 
+# ONNX Runtime up to 1.23, the last for Python 3.10, misreads a weight without zero points.
 QUANTIZED = (
     "g (float[3, 8] x) => (float[3, 6] y) { q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)"
-    "  w = DequantizeLinear <axis = 1> (wq, ws)  y = MatMul(d, w) }"
+    "  w = DequantizeLinear <axis = 1> (wq, ws, wz)  y = MatMul(d, w) }"
 )
 
 
 def quantized(opset=19, weight_scale=0.01):
     weight = RNG.integers(-127, 128, (8, 6)).astype(np.int8)
     scales = np.full(6, weight_scale, np.float32)
-    return graph(QUANTIZED, opset, s=np.float32(0.0234375), z=np.int8(0), wq=weight, ws=scales)
+    return graph(QUANTIZED, opset, s=np.float32(0.0234375), z=np.int8(0), wq=weight, ws=scales, wz=np.zeros(6, np.int8))
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("fp16", FLOAT16), ("bf16", BFLOAT16)])
@@ -209,6 +212,9 @@ def test_scales_become_16_bit_and_int8_stays(dtype, stored, opset):
     assert {type_of(model, name) for name in ("z", "wq", "q")} == {ir.DataType.INT8}
 
 
+@pytest.mark.skipif(
+    Version(onnxruntime.__version__) < Version("1.24"), reason="ONNX Runtime 1.23 quantizes fp16 without rounding"
+)
 def test_quantized_outputs_stay_close():
     model = quantized()
     before = run(model.clone(), x=X)["y"]
