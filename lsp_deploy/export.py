@@ -186,10 +186,10 @@ def import_timm() -> Any:
 
 
 def _declare_torchvision_operators() -> None:
-    import torch
+    from torch import library
 
     for operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "torchvision"]:
         del sys.modules[loaded]
 
