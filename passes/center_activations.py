@@ -65,7 +65,8 @@ def _correction(node: ir.Node, layer: LayerPlan, scale: NDArray[np.float32]) -> 
     weight = tensor.numpy().astype(np.float32) * np.float32(alpha)
     steps = stored(np.broadcast_to(scale, (layer.K, layer.N)), node, weight.shape)
     held = np.clip(np.rint(weight / steps), -127, 127) * steps
-    sums = held.sum(axis=1 - output_axis(node, 2), dtype=np.float64)
+    axis = output_axis(node, held.ndim)
+    sums = np.moveaxis(held, axis, 0).reshape(layer.N, layer.K).sum(axis=1, dtype=np.float64)
     return np.asarray(sums * layer.precision.activation_offset, np.float32)
 
 
@@ -81,8 +82,12 @@ def _add_to_bias(graph: ir.Graph, node: ir.Node, layer: LayerPlan, correction: N
             if value is bias:
                 bias_node.replace_input_with(index, corrected)
         return
-    y = node.outputs[0]
     value = add_initializer(graph, f"{layer.name}/centered_bias", correction)
+    if node.op_type == "Conv":  # its channels are not the last axis, and it takes a bias itself
+        node.resize_inputs(3)
+        node.replace_input_with(2, value)
+        return
+    y = node.outputs[0]
     add = ir.Node("", "Add", [y, value], name=f"{layer.name}/Add")
     result = add.outputs[0]
     result.name, result.shape, result.type = f"{layer.name}/y_centered", y.shape, y.type

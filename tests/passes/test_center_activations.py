@@ -44,6 +44,23 @@ def make_model(kind: str, layers: int = 1) -> ir.Model:
     return ir.Model(graph, ir_version=9)
 
 
+def make_conv_model(*, bias: bool) -> ir.Model:
+    """A 1 × 1 convolution from K to N channels, as ConvNeXt's MLP has it."""
+    generator = np.random.default_rng(0)
+    x = ir.Value(name="x", shape=ir.Shape([3, K, 2, 4]), type=ir.TensorType(ir.DataType.FLOAT))
+    arrays = {"w": generator.standard_normal((N, K, 1, 1)), "b": generator.standard_normal(N)}
+    values = [
+        ir.Value(name=name, const_value=ir.tensor(array.astype(np.float32), name=name))
+        for name, array in arrays.items()
+        if bias or name == "w"
+    ]
+    node = ir.node("Conv", [x, *values], {"kernel_shape": [1, 1]}, name="layer0")
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape([3, N, 2, 4]), ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], [y], nodes=[node], initializers=values, opset_imports={"": 17}, name="g")
+    return ir.Model(graph, ir_version=9)
+
+
 def make_plan(model: ir.Model, layers: int = 1) -> Plan:
     plan = Plan(
         tool_version="0",
@@ -70,7 +87,7 @@ def make_plan(model: ir.Model, layers: int = 1) -> Plan:
         node = next(node for node in model.graph if node.name == layer.name)
         weight = node.inputs[1].const_value.numpy()
         alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
-        axis = 1 if node.op_type == "Gemm" else 0
+        axis = 0 if node.op_type == "MatMul" else tuple(range(1, weight.ndim))
         plan.weight_scales[layer.name] = (np.abs(weight * alpha).max(axis=axis) / 127).astype(np.float32)
     return plan
 
@@ -89,6 +106,17 @@ def test_outputs_stay_within_int8_rounding(kind: str) -> None:
     CenterActivationsPass(plan)(model)
     InsertQdqPass(plan)(model)
     assert [node.op_type for node in model.graph].count("Sub") == 1
+    np.testing.assert_allclose(run(model, x)[0], expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_is_centered_over_its_channels(bias: bool) -> None:
+    model = make_conv_model(bias=bias)
+    x = (OFFSET + np.random.default_rng(1).uniform(-1.4, 1.4, (3, K, 2, 4))).astype(np.float32)
+    expected = run(model, x)[0]
+    plan = make_plan(model)
+    CenterActivationsPass(plan)(model)
+    InsertQdqPass(plan)(model)
     np.testing.assert_allclose(run(model, x)[0], expected, atol=0.05 * np.abs(expected).max())
 
 
