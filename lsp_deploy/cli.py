@@ -5,12 +5,10 @@ Heavy modules are imported inside the verbs, so that `lsp-deploy --help` answers
 
 from __future__ import annotations
 
-import inspect as signatures
 import json as json_format
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,7 +17,7 @@ import typer
 
 from lsp_deploy import __version__, console
 from lsp_deploy.errors import CheckFailedError, UserError
-from lsp_deploy.recipe import Recipe
+from lsp_deploy.recipe_flags import with_recipe_flags
 
 if TYPE_CHECKING:
     from lsp_deploy.reporting.report import Report
@@ -35,6 +33,7 @@ app = typer.Typer(
     name="lsp-deploy",
     help="Make a vision transformer in ONNX smaller and faster for a named device, and say what it cost.",
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich's takes longer to import than everything else together
     # Users come from tools that write --calibration_data and from tools that write --calibration-data.
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -85,7 +84,9 @@ def _top(
         raise typer.Exit(USAGE)
 
 
-def _compress(
+@app.command()
+@with_recipe_flags
+def compress(
     model: ModelArgument,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file with the flags' names as keys.")] = None,
     save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Write the recipe to a TOML file.")] = None,
@@ -101,8 +102,9 @@ def _compress(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Prune and quantize MODEL for a target, build its engine, measure both, and write a report."""
-    from lsp_deploy.compress import RunOptions, check_replay_flags, compress
+    """Prune and quantize MODEL for a target, build and measure it."""
+    from lsp_deploy.compress import RunOptions, check_replay_flags
+    from lsp_deploy.compress import compress as run
     from lsp_deploy.compress import dry_run as plan_only
     from lsp_deploy.recipe import merge_recipe, save_recipe_file
 
@@ -122,7 +124,7 @@ def _compress(
 
             console.show(plan_table(decided))
         return
-    outcome = compress(model, merged, options)
+    outcome = run(model, merged, options)
     _show(outcome.report, json)
     for failure in outcome.failures:
         console.warn(failure)
@@ -138,8 +140,9 @@ def demo(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Compress the embedded model, a small vision transformer for handwritten digits, for an A100."""
-    from lsp_deploy.compress import RunOptions, compress
+    """Compress the embedded model, a ViT for digits, for an A100."""
+    from lsp_deploy.compress import RunOptions
+    from lsp_deploy.compress import compress as run
     from lsp_deploy.demo import copy_demo
     from lsp_deploy.recipe import merge_recipe
 
@@ -152,7 +155,7 @@ def demo(
             _print_json({"model": str(model)})
         return
     options = RunOptions(output=output / f"{model.stem}-a100", threads=available_cores(), command=command)
-    outcome = compress(model, merge_recipe({"target": "a100"}, None, model), options)
+    outcome = run(model, merge_recipe({"target": "a100"}, None, model), options)
     _show(outcome.report, json)
     if outcome.failures:
         raise typer.Exit(CHECK_FAILED)
@@ -160,7 +163,7 @@ def demo(
 
 @app.command()
 def inspect(model: ModelArgument, shapes: ShapesOption = None, json: JsonOption = False) -> None:
-    """Show MODEL's linear layers, sparsity patterns, Q/DQ, sizes and FLOPs."""
+    """Show MODEL's linear layers, zeros, Q/DQ, sizes and FLOPs."""
     from lsp_deploy.inspection import inspect_model, inspection_table
 
     console.configure(json=json)
@@ -221,7 +224,7 @@ def compare(
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare two models: fidelity on the same images, latency in alternating blocks of one run."""
+    """Compare two models: fidelity on images, latency in one run."""
     from lsp_deploy.comparing import compare_models, comparison_tables
 
     console.configure(json=json)
@@ -275,7 +278,7 @@ def export(
     seed: Annotated[int, typer.Option("--seed", help="Seed of random weights.")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Export a timm classifier to ONNX, with its preprocessing in the file's metadata."""
+    """Export a timm classifier to ONNX, preprocessing included."""
     from lsp_deploy.export import export_model
 
     console.configure(json=json)
@@ -294,7 +297,7 @@ def export(
         _print_json(result.to_json())
 
 
-targets_app = typer.Typer(help="List the targets, or show one.", invoke_without_command=True)
+targets_app = typer.Typer(help="List the targets, or show one.", invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(targets_app, name="targets")
 
 
@@ -329,7 +332,7 @@ def targets_show(
 
 @app.command()
 def doctor(json: JsonOption = False) -> None:
-    """Say which runtimes, GPUs, compilers and power meters are usable here, and what to install for the rest."""
+    """Say what is usable here, and what to install for the rest."""
     from lsp_deploy.doctor import diagnose, diagnosis_table
 
     console.configure(json=json)
@@ -373,67 +376,3 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _print_json(value: Any) -> None:
     print(json_format.dumps(value, indent=1))
-
-
-def _with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb one flag for every field of `Recipe`; it receives those that were typed as `flags`."""
-    # Not get_type_hints: on Python 3.10 it hides the options of parameters whose default is None.
-    own = [
-        parameter.replace(kind=signatures.Parameter.KEYWORD_ONLY)
-        for name, parameter in signatures.signature(command, eval_str=True).parameters.items()
-        if name != "flags"
-    ]
-    flags: list[signatures.Parameter] = []
-    for name, field in Recipe.model_fields.items():
-        kind = {float: float, int: int}.get(_scalar_type(field.annotation), str)
-        default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
-        choices = _choices(field.annotation)
-        option = typer.Option(
-            f"--{name.replace('_', '-')}",
-            help=f"{field.description}{default}",
-            metavar="|".join(choices) if choices else _METAVARS.get(name),
-            show_default=False,
-        )
-        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
-        flags.append(signatures.Parameter(name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-
-    def verb(**arguments: Any) -> None:
-        typed = {name: arguments.pop(name) for name in Recipe.model_fields}
-        command(**arguments, flags=typed)
-
-    parameters = [own[0], *flags, *own[1:]]
-    verb.__signature__ = signatures.Signature(parameters)  # type: ignore[attr-defined]
-    verb.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    verb.__name__, verb.__doc__ = command.__name__, command.__doc__
-    return verb
-
-
-_METAVARS = {
-    "target": "NAME|FILE",
-    "block": "KxN",
-    "flops": "FRACTION",
-    "max_drop": "POINTS",
-    "calibration_data": "PATH|synthetic|random",
-    "labels": "CSV",
-    "label_column": "NAME",
-    "eval_data": "PATH",
-    "eval_labels": "CSV",
-    "samples": "N",
-    "preprocess": "PRESET|FILE",
-    "min_shapes": "SHAPES",
-    "opt_shapes": "SHAPES",
-    "max_shapes": "SHAPES",
-    "seed": "N",
-}
-
-
-def _choices(annotation: Any) -> list[str]:
-    return [str(value) for value in getattr(annotation, "__args__", ()) if isinstance(value, str)]
-
-
-def _scalar_type(annotation: Any) -> type:
-    members = [annotation, *getattr(annotation, "__args__", ())]
-    return float if float in members else int if int in members else str
-
-
-app.command("compress")(_with_recipe_flags(_compress))
