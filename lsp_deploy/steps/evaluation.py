@@ -31,21 +31,29 @@ class Drop(NamedTuple):
 
 
 def class_output(model: ir.Model) -> str | None:
-    """Return the name of the output that holds class scores [batch, classes], or None."""
+    """Return the name of the output that holds class scores [batch, classes], or None.
+
+    A second dimension that is not fixed is no number of classes: CLIP's similarities are [images, texts].
+    """
     for output in model.graph.outputs:
-        if output.shape is not None and len(output.shape) == 2 and output.shape[1] != 1:
+        if output.shape is not None and len(output.shape) == 2 and _size(output, 1) not in (None, 1):
             return str(output.name)
     return None
 
 
 def class_count(model: ir.Model) -> int | None:
-    """Return how many classes the model scores, or None where it scores none or does not say."""
+    """Return how many classes the model scores, or None where it scores none."""
     name = class_output(model)
-    for output in model.graph.outputs:
-        if output.name == name and output.shape is not None:
-            count = output.shape[1]
-            return count if isinstance(count, int) else None
-    return None
+    return next((_size(output, 1) for output in model.graph.outputs if output.name == name), None)
+
+
+def _size(value: ir.Value, axis: int) -> int | None:
+    size = None if value.shape is None else value.shape[axis]
+    return size if isinstance(size, int) else None
+
+
+def _is_fixed_beyond_the_batch(value: ir.Value) -> bool:
+    return value.shape is not None and all(isinstance(size, int) for size in list(value.shape)[1:])
 
 
 class Evaluator:
@@ -55,10 +63,13 @@ class Evaluator:
         """Take the user's model, its canonical float32 form and the images; runs the dense model once."""
         self.canonical = canonical
         self.held_out = held_out
-        self.batch = batch
         self.threads = threads
-        self.output = class_output(dense) or str(dense.graph.outputs[0].name)
-        self.is_classifier = class_output(dense) is not None
+        # The canonical form knows its shapes, where a file may say nothing of them.
+        self.is_classifier = class_output(canonical) is not None
+        fixed = [str(output.name) for output in canonical.graph.outputs if _is_fixed_beyond_the_batch(output)]
+        self.output = class_output(canonical) or (fixed[0] if fixed else str(dense.graph.outputs[0].name))
+        # An output whose other dimensions may follow the batch is compared sample by sample.
+        self.batch = batch if self.output in fixed else 1
         self.dense_outputs = self.outputs_of(dense, "dense model on held-out images")
 
     def outputs_of(self, model: ir.Model, description: str) -> NDArray[Any]:
@@ -77,7 +88,8 @@ class Evaluator:
         """Compare outputs on the held-out images with the dense model's."""
         from lsp_deploy.engines.fidelity import compare_outputs
 
-        return compare_outputs(self.dense_outputs, outputs, self.held_out.labels)
+        labels = self.held_out.labels
+        return compare_outputs(self.dense_outputs, outputs, labels, classification=self.is_classifier)
 
     def loss(self, plan: Plan) -> float:
         """Return the points of top-1 that `plan` loses, by the measure that the budget is about."""

@@ -118,7 +118,8 @@ def _batch(prepared: PreparedModel) -> int:
 
 
 def _dynamic(prepared: PreparedModel) -> bool:
-    return prepared.shapes.min != prepared.shapes.max
+    first = next(iter(prepared.shapes.opt))
+    return prepared.shapes.min[first][0] != prepared.shapes.max[first][0]
 
 
 def _statistics(
