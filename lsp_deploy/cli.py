@@ -200,7 +200,7 @@ def profile(
         warm_up=warm_up,
     )
     if json:
-        _print_json([one.model_dump(mode="json") for one in result])
+        _print_json({"profiles": [one.model_dump(mode="json") for one in result]})
     else:
         console.show(profile_table(result))
 

@@ -89,7 +89,7 @@ def compare_models(
         compressed=str(compressed),
         data=f"{data}: {len(dataset)} samples",
         fidelity=evaluator.fidelity(models["compressed"], "compressed model"),
-        profiles=_profiles(models, dataset, batches or DEFAULT_BATCHES, threads),
+        profiles=_profiles(models, dataset, batches or _default_batches(models["dense"]), threads),
         layers=_layers(models, resolved, dataset, threads) if layers else [],
     )
 
@@ -117,16 +117,17 @@ def profile_model(
         raise UserError(f"--target {target}: this version measures on this host's CPU only; use --target cpu")
     loaded = load_model(model)
     resolved = resolve_shapes(loaded, shapes, batch=1)
+    batches = batches or _default_batches(loaded)
     dataset = open_dataset(
         "random",
         shapes=resolved,
         dtypes={str(value.name): value.dtype.numpy() for value in loaded.graph.inputs if value.dtype is not None},
         preprocess=None,
-        samples=max(batches or DEFAULT_BATCHES),
+        samples=max(batches),
         seed=0,
     )
     models = {model.name: loaded}
-    return _profiles(models, dataset, batches or DEFAULT_BATCHES, threads, duration=duration, warm_up=warm_up)
+    return _profiles(models, dataset, batches, threads, duration=duration, warm_up=warm_up)
 
 
 def profile_table(profiles: Sequence[Profile]) -> Table:
@@ -168,6 +169,14 @@ def _check_same_inputs(models: Mapping[str, ir.Model], dense: Path, compressed: 
     names = [list(input_shapes(model)) for model in models.values()]
     if names[0] != names[1]:
         raise UserError(f"{dense} takes {', '.join(names[0])} but {compressed} takes {', '.join(names[1])}")
+
+
+def _default_batches(model: ir.Model) -> Sequence[int]:
+    """Return the batch sizes to time where none are named: the model's own, where it has a fixed one."""
+    from lsp_deploy.model import input_shapes
+
+    batch = next(iter(input_shapes(model).values()))[0]
+    return (batch,) if isinstance(batch, int) else DEFAULT_BATCHES
 
 
 def _profiles(

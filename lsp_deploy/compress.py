@@ -77,10 +77,13 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
 
     stages = _Stages()
     target = load_target(recipe.target)
-    output = OutputFolder.check(options.output or default_output(model, target), model, recipe, force=options.force)
     decided = None if options.plan is None else load_plan(options.plan)
+    asked = recipe.typed() if decided is None else decided.recipe
+    output = OutputFolder.check(options.output or default_output(model, target), model, asked, force=options.force)
+    recipe = _with_precision_of(decided, recipe)
     with stages.time("load"):
         prepared = prepare(model, recipe, target)
+        _check_measurable(prepared, recipe)
     with stages.time("data"):
         data = _data(prepared, recipe)
     for note in data.notes:
@@ -110,17 +113,34 @@ def dry_run(model: Path, recipe: Recipe, options: RunOptions) -> Plan:
     from lsp_deploy.steps.preparation import prepare
 
     target = load_target(recipe.target)
+    decided = None if options.plan is None else load_plan(options.plan)
+    recipe = _with_precision_of(decided, recipe)
     prepared = prepare(model, recipe, target)
+    _check_measurable(prepared, recipe)
     data = _data(prepared, recipe)
     for note in data.notes:
         console.say(note)
-    decided = None if options.plan is None else load_plan(options.plan)
     return _plan(prepared, data, _evaluator(prepared, data, options), recipe, target, options, decided)
 
 
 def default_output(model: Path, target: Target) -> Path:
     """Return the folder that a run writes to when none is named: ./<model stem>-<target>."""
     return Path(f"{model.stem}-{target.name}")
+
+
+def _with_precision_of(plan: Plan | None, recipe: Recipe) -> Recipe:
+    """Return `recipe` with the precision that a replayed plan was made for: compute type and opset follow from it."""
+    if plan is None:
+        return recipe
+    int8 = any(layer.precision.dtype == "int8" for layer in plan.layers)
+    return recipe.model_copy(update={"precision": "int8" if int8 else plan.recipe.get("precision", "auto")})
+
+
+def _check_measurable(prepared: PreparedModel, recipe: Recipe) -> None:
+    from lsp_deploy.steps.evaluation import class_output
+
+    if recipe.max_drop is not None and class_output(prepared.canonical) is None:
+        raise UserError("--max-drop is in points of top-1, and the model has no class output; leave it out")
 
 
 def _data(prepared: PreparedModel, recipe: Recipe) -> CalibrationData:

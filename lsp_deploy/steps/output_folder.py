@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import sha256_of
 
 if TYPE_CHECKING:
     from lsp_deploy.plan import Plan
-    from lsp_deploy.recipe import Recipe
     from lsp_deploy.reporting.report import Report
 
 __all__ = ["OutputFolder"]
@@ -46,8 +46,10 @@ class OutputFolder:
         write_report(report, plan, self.path)
 
     @classmethod
-    def check(cls, path: Path, model: Path, recipe: Recipe, *, force: bool) -> OutputFolder:
+    def check(cls, path: Path, model: Path, recipe: Mapping[str, Any], *, force: bool) -> OutputFolder:
         """Take a folder that is new, empty or holds the result of the same model and recipe; makes nothing yet.
+
+        `recipe` holds the keys that were given, as a plan records them.
 
         Raises:
             UserError: it cannot be written to, holds the input model, or holds another recipe's result.
@@ -77,7 +79,7 @@ class OutputFolder:
                 f"cannot make the output folder {self.path}: {error.strerror}; choose another -o"
             ) from error
 
-    def _holds_result_of(self, model: Path, recipe: Recipe) -> bool:
+    def _holds_result_of(self, model: Path, recipe: Mapping[str, Any]) -> bool:
         """Whether plan.json is of the same model and recipe; an interrupted first run left no plan and is resumed."""
         if not self.plan.exists():
             return all(entry.name in _OWN_NAMES for entry in self.path.iterdir())
@@ -85,7 +87,7 @@ class OutputFolder:
             plan = json.loads(self.plan.read_text())
         except (OSError, ValueError):
             return False
-        same_recipe = isinstance(plan, dict) and plan.get("recipe") == recipe.typed()
+        same_recipe = isinstance(plan, dict) and plan.get("recipe") == recipe
         return same_recipe and model.is_file() and plan.get("model_sha256") == sha256_of(model)
 
 

@@ -1,0 +1,19 @@
+"""A plan carried out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lsp_deploy.files import sha256_of
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_plan_of_another_compute_type_replays_to_the_same_bytes(run, bare: Path, precision: str) -> None:
+    common = ("compress", bare.name, "--target", "a100", "--no-build")
+    assert run(*common, "-o", "a", "--precision", precision).code == 0
+    for _ in range(2):  # the second time into the folder that holds the first one's result
+        result = run(*common, "-o", "b", "--plan", "a/plan.json")
+        assert result.code == 0, result.err
+        assert sha256_of(Path("a/model.onnx")) == sha256_of(Path("b/model.onnx"))
