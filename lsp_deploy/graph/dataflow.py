@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -68,8 +68,11 @@ class DataFlow:
             return False
         return not any(value in self.constants for value in node.inputs[:2])
 
-    def reach(self, *start: ir.Value) -> Reach:
-        """Follow data from `start` through elementwise, normalizing and reordering nodes."""
+    def reach(self, *start: ir.Value, beside: Container[ir.Value] = ()) -> Reach:
+        """Follow data from `start` through elementwise, normalizing and reordering nodes.
+
+        What is added on the way from the values `beside` is no residual.
+        """
         reach = Reach(dict.fromkeys(start, False))
         waiting: list[tuple[int, ir.Node]] = []
         seen: set[ir.Node] = set()
@@ -86,7 +89,7 @@ class DataFlow:
             _, node = heapq.heappop(waiting)
             if not any(value in reach.values for value in data_inputs(node)):
                 continue
-            if not self._passes(node, reach):
+            if not self._passes(node, reach, beside):
                 reach.stops.append(node)
                 continue
             nonlinear = node.op_type in NONLINEAR or any(reach.values.get(value, False) for value in data_inputs(node))
@@ -117,7 +120,7 @@ class DataFlow:
                     waiting.append(operand)
         return False
 
-    def _passes(self, node: ir.Node, reach: Reach) -> bool:
+    def _passes(self, node: ir.Node, reach: Reach, beside: Container[ir.Value]) -> bool:
         if node in self.linear:
             return False
         op = node.op_type
@@ -125,7 +128,10 @@ class DataFlow:
             return True
         if op in _ADDING:
             # A mask or a position bias may be computed, but not from activations: that is a residual.
-            return all(value in reach.values or value not in self.after_linear for value in data_inputs(node))
+            return all(
+                value in reach.values or value in beside or value not in self.after_linear
+                for value in data_inputs(node)
+            )
         if op == "Conv":
             # A depthwise convolution mixes tokens inside an MLP or before attention; after a nonlinearity it is the
             # middle of a convolutional block.

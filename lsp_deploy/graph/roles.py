@@ -28,18 +28,22 @@ def assign_roles(flow: DataFlow, rows: Mapping[ir.Node, int], residual: Mapping[
     nodes = list(rows)
     products = flow.attention_products()
     reached_from = {node: flow.reach(node.outputs[0]) for node in nodes}
-    product_values = _values([flow.reach(*node.outputs) for node in products])
+    feeds_product = {node for node in nodes if any(product in reached_from[node].stops for product in products)}
+    # What else comes from queries, keys and values joins the product before proj: a depthwise convolution of v, say.
+    attended = _values([reached_from[node] for node in feeds_product])
+    product_values = _values([flow.reach(*node.outputs, beside=attended) for node in products])
     softmax_values = _values([flow.reach(*node.outputs) for node in flow.graph if node.op_type == "Softmax"])
     image_values = _values([flow.reach(value) for value in flow.graph.inputs if _may_be_image(value)])
     fc1, fc2 = _mlps(flow, rows, reached_from)
 
     def role(node: ir.Node) -> Role:
         x, reach = _data_input(node), reached_from[node]
-        feeds_product = any(product in reach.stops for product in products)
         feeds_softmax = any(stop.op_type == "Softmax" for stop in reach.stops)
-        if x in softmax_values or (x in product_values and feeds_softmax and _leads_on(flow, node)):
+        if (x in softmax_values and node in feeds_product) or (
+            x in product_values and feeds_softmax and _leads_on(flow, node)
+        ):
             return "other"  # mixes attention scores between heads
-        if feeds_product:
+        if node in feeds_product:
             return "qkv"
         if x in product_values:
             return "proj"

@@ -507,6 +507,48 @@ def test_fused_attention(tmp_path: Path) -> None:
     assert attention_flops(model, {"x": (2, 5, K)}) == 2 * (2 * 2 * 5 * 5 * K)
 
 
+def test_values_may_join_attention_beside_its_product(tmp_path: Path) -> None:
+    """CoaT adds a depthwise convolution of v to the product: no residual, and the layer after it is proj."""
+    nodes = [
+        *[node("MatMul", f"x w{part}", part) for part in "qkv"],
+        node("Transpose", "k", "kt", perm=[0, 2, 1]),
+        node("MatMul", "q kt", "scores"),
+        node("Softmax", "scores", "probabilities"),
+        node("MatMul", "probabilities v", "attended"),
+        node("Transpose", "v", "channels", perm=[0, 2, 1]),
+        node("Conv", "channels local", "convolved", group=K, pads=[1, 1]),
+        node("Transpose", "convolved", "positions", perm=[0, 2, 1]),
+        node("Add", "attended positions", "a"),
+        node("MatMul", "a wo", "o"),
+        node("Add", "x o", "r"),
+        node("MatMul", "r head", "y"),
+    ]
+    square = RNG.normal(size=(4, K, K)).astype(np.float32)
+    weights = dict(zip(("wq", "wk", "wv", "wo"), square, strict=True))
+    weights |= {"head": W, "local": RNG.normal(size=(K, 1, 3)).astype(np.float32)}
+    layers = linear_layers(build(tmp_path, nodes, weights, x=(2, 5, K)))
+    assert [layer.role for layer in layers] == ["qkv", "qkv", "qkv", "proj", "head"]
+
+
+def test_attention_without_a_product_is_no_mixing_of_heads(tmp_path: Path) -> None:
+    """MobileViTv2 weighs tokens by a softmax, elementwise; the layer after that is an ordinary one."""
+    nodes = [
+        node("MatMul", "x embed", "e"),
+        node("MatMul", "e wq", "q"),
+        node("Softmax", "q", "p", axis=1),
+        node("MatMul", "e wv", "v"),
+        node("Relu", "v", "s"),
+        node("Mul", "s p", "m"),
+        node("MatMul", "m wo", "o"),
+        node("Add", "e o", "r"),
+        node("MatMul", "r head", "y"),
+    ]
+    square = RNG.normal(size=(4, K, K)).astype(np.float32)
+    weights = dict(zip(("embed", "wq", "wv", "wo"), square, strict=True)) | {"head": W}
+    layers = linear_layers(build(tmp_path, nodes, weights, x=(2, 5, K)))
+    assert [layer.role for layer in layers] == ["patch", "other", "fc1", "fc2", "head"]
+
+
 def test_attention_flops_of_matmul_and_einsum(tmp_path: Path) -> None:
     nodes = [
         node("Transpose", "x", "t", perm=[0, 2, 1]),
