@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -155,8 +156,10 @@ class OnnxRuntimeEngine:
     def _from_ir(
         cls, model: ir.Model, label: str, *, threads: int | None, optimize: bool, echoes: Sequence[str]
     ) -> OnnxRuntimeEngine:
+        from lsp_deploy.engines.own_int8_weights import with_own_int8_weights
         from lsp_deploy.model import model_bytes, save_model
 
+        model = with_own_int8_weights(model)
         if _weight_bytes(model) <= _IN_MEMORY_BYTES:
             return cls(model_bytes(model), label, threads=threads, optimize=optimize, echoes=echoes)
         folder = tempfile.TemporaryDirectory(prefix="lsp-deploy-")
@@ -228,12 +231,14 @@ class OnnxRuntimeBackend:
         session = session_options(len(available_cpus()))
         session.add_session_config_entry("session.save_model_format", "ORT")
         try:
-            layers = optimized_layers(model_path, session_options)
-            with atomic_path(engine_path) as temporary:
+            with _buildable(model_path) as source, atomic_path(engine_path) as temporary:
+                layers = optimized_layers(source, session_options)
                 session.optimized_model_filepath = str(temporary)
-                ort.InferenceSession(str(model_path), session, providers=_PROVIDERS)
+                ort.InferenceSession(str(source), session, providers=_PROVIDERS)
         except _ORT_ERRORS as error:
             raise EngineBuildError(f"ONNX Runtime: {_one_line(error)}") from None
+        except UserError as error:
+            raise EngineBuildError(f"ONNX Runtime: {error}") from None
         info = EngineInfo(
             backend=self.name,
             target=target.name,
@@ -274,6 +279,23 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
+
+
+@contextmanager
+def _buildable(model_path: Path) -> Iterator[Path]:
+    """Yield the model's file, or that of a copy in which no int8 weight is shared."""
+    from lsp_deploy.engines.own_int8_weights import with_own_int8_weights
+    from lsp_deploy.model import save_model
+
+    model = _load(model_path)
+    unshared = with_own_int8_weights(model)
+    if unshared is model:
+        yield model_path
+        return
+    with tempfile.TemporaryDirectory(prefix="lsp-deploy-") as folder:
+        path = Path(folder) / model_path.name
+        save_model(unshared, path)
+        yield path
 
 
 def _load(model: Path | bytes) -> ir.Model:
