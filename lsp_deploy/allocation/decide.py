@@ -146,7 +146,7 @@ def _typed_plan(question: Question) -> Plan:
         layers=layers,
     )
     plan.masks.update(masks)
-    _share_scales(plan, question)
+    _share_masks(plan, question)
     return plan
 
 
@@ -233,6 +233,7 @@ def _add_two_four(question: Question, plan: Plan, budget: float) -> None:
                 layer.sparsity = _pruned("auto", "2:4", masked, f"2:4 pays on {plan.target} and fits the loss budget")
             else:
                 layer.sparsity = dense("auto", over)
+        _share_masks(candidate, question)
         return candidate
 
     wanted = _layers_for_flops(question, trial, len(order))
@@ -273,6 +274,7 @@ def _choose_blocks(question: Question, plan: Plan, budget: float) -> None:
                 candidate.masks[layer.name] = masked.mask
                 no_gain = does_not_pay(layer, question.target, "block")
                 decided.sparsity = _pruned("block", "block", masked, f"asked for: --sparsity block; {no_gain}")
+        _share_masks(candidate, question)
         return candidate
 
     if not prunable:
@@ -314,11 +316,13 @@ def _loss_of(question: Question, plan: Plan) -> float:
     return question.loss(plan)
 
 
-def _share_scales(plan: Plan, question: Question) -> None:
-    """Keep the decisions of layers that share one weight alike: the first layer's mask serves all."""
-    first: dict[str, str] = {}
+def _share_masks(plan: Plan, question: Question) -> None:
+    """Keep layers that share one weight alike, so that they go on sharing it: the first one's mask serves all."""
+    first: dict[str, NDArray[np.bool_]] = {}
     for layer in question.layers:
-        root = first.setdefault(layer.weight_root, layer.name)
-        mask, own = plan.masks.get(root), plan.masks.get(layer.name)
-        if mask is not None and own is not None and mask.shape == own.shape:
-            plan.masks[layer.name] = mask
+        own = plan.masks.get(layer.name)
+        if own is None:
+            continue
+        shared = first.setdefault(layer.weight_root, own)
+        if shared.shape == own.shape:
+            plan.masks[layer.name] = shared

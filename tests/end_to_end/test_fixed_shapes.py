@@ -1,4 +1,4 @@
-"""Models whose batch is fixed, or that have another dynamic dimension, or no class output."""
+"""Models of a fixed batch, another dynamic dimension, no class output, or one weight in several layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 
-def write_mlp(path: Path, batch: int | str, tokens: int | str, *, classes: bool = True) -> None:
+def write_mlp(path: Path, batch: int | str, tokens: int | str, *, classes: bool = True, tied: bool = False) -> None:
     """Write x [batch, tokens, 16] -> two residual MLP blocks -> logits [batch, 10], or the tokens themselves."""
     random = np.random.default_rng(0)
     initializers, nodes = [], []
@@ -22,9 +22,13 @@ def write_mlp(path: Path, batch: int | str, tokens: int | str, *, classes: bool 
 
     x = "x"
     for block in range(2):
-        nodes.append(helper.make_node("MatMul", [x, weight(f"up{block}", 16, 32)], [f"a{block}"]))
+        nodes.append(helper.make_node("MatMul", [x, weight(f"up{block}", 16, 128)], [f"a{block}"]))
         nodes.append(helper.make_node("Relu", [f"a{block}"], [f"b{block}"]))
-        nodes.append(helper.make_node("MatMul", [f"b{block}", weight(f"down{block}", 32, 16)], [f"c{block}"]))
+        nodes.append(
+            helper.make_node(
+                "MatMul", [f"b{block}", "down0" if tied and block else weight(f"down{block}", 128, 16)], [f"c{block}"]
+            )
+        )
         nodes.append(helper.make_node("Add", [f"c{block}", x], [f"d{block}"]))
         x = f"d{block}"
     shape = [batch, tokens, 16]
@@ -64,3 +68,12 @@ def test_max_drop_without_a_class_output_is_refused(run) -> None:
     result = run("compress", "m.onnx", "--target", "a100", "--max-drop", "1", "--dry-run")
     assert result.code == 2
     assert "no class output" in result.err
+
+
+def test_layers_that_share_a_weight_share_its_mask(run) -> None:
+    write_mlp(Path("m.onnx"), "batch", 5, tied=True)
+    arguments = ("--sparsity", "block", "--block", "16x16", "--flops", "0.7", "--no-build", "-o", "out")
+    result = run("compress", "m.onnx", "--target", "a100", *arguments)
+    assert result.code == 0, result.err
+    weights = [tensor for tensor in onnx.load("out/model.onnx").graph.initializer if list(tensor.dims) == [128, 16]]
+    assert len(weights) == 1
