@@ -317,11 +317,14 @@ def targets(context: typer.Context, json: JsonOption = False) -> None:
 
 @targets_app.command("show")
 def targets_show(
-    name: Annotated[str, typer.Argument(help="Name, alias or TOML file.", show_default=False)], json: JsonOption = False
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name, alias or TOML file.", show_default=False)],
+    json: JsonOption = False,
 ) -> None:
     """Show one target: types, peaks, bandwidth, from which zeros a layer pays, and the sources."""
     from lsp_deploy.hardware.target import load_target, target_details
 
+    json = json or bool(context.parent and context.parent.params["json"])
     console.configure(json=json)
     target = load_target(name)
     if json:

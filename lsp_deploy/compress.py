@@ -86,6 +86,8 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         _check_measurable(prepared, recipe)
     with stages.time("data"):
         data = _data(prepared, recipe)
+    if decided is not None:
+        data.notes[:] = [f"carries out {options.plan}; the data named serves to measure, not to decide"]
     for note in data.notes:
         console.say(note)
     with stages.time("analyse and decide"):

@@ -35,6 +35,12 @@ __all__ = [
 FOUND_RECIPE = "lsp-deploy.toml"
 BLOCK_SHAPES = ("16x16", "16x32", "32x16", "32x32", "32x64", "64x32", "64x64")
 NAMED_DATA = ("synthetic", "random")
+# Labels are of the data they were named with, block shape and FLOPs of the sparsity.
+_BELONGS_TO = {
+    "calibration_data": ("labels",),
+    "eval_data": ("eval_labels",),
+    "sparsity": ("block", "flops", "flops_of"),
+}
 PATH_KEYS = ("calibration_data", "labels", "eval_data", "eval_labels")
 
 
@@ -214,10 +220,10 @@ def merge_recipe(flags: Mapping[str, Any], recipe_file: Path | None, model: Path
         sources |= dict.fromkeys(beside, str(found))
     if recipe_file is not None:
         named = read_recipe_file(recipe_file, own_folder_only=False)
-        values |= named
+        values = _without_what_belongs_to(named, values) | named
         sources |= dict.fromkeys(named, str(recipe_file))
     typed = {name: value for name, value in flags.items() if value is not None}
-    values |= typed
+    values = _without_what_belongs_to(typed, values) | typed
     sources |= dict.fromkeys(typed, "")
     if "target" not in values:
         raise UserError("--target is missing: name one (see `lsp-deploy targets`), for example --target a100")
@@ -225,6 +231,12 @@ def merge_recipe(flags: Mapping[str, Any], recipe_file: Path | None, model: Path
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(_one_line(error, sources)) from error
+
+
+def _without_what_belongs_to(stronger: Mapping[str, Any], weaker: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `weaker` without the keys that speak of something which `stronger` names anew."""
+    gone = {key for owner, keys in _BELONGS_TO.items() if owner in stronger for key in keys}
+    return {key: value for key, value in weaker.items() if key not in gone}
 
 
 def read_recipe_file(path: Path, *, own_folder_only: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lsp_deploy.errors import UserError
 from lsp_deploy.graph.layer_surroundings import find_bias
 from lsp_deploy.passes.insertion import insert_after
 from lsp_deploy.passes.layer_weights import add_initializer, layer_nodes, output_axis, stored, weight_value
@@ -35,15 +36,21 @@ class CenterActivationsPass(ir.passes.InPlacePass):
             if layer.precision.dtype == "int8" and layer.precision.activation_offset != 0
         ]
         nodes = layer_nodes(model.graph, layers)
-        centered: dict[ir.Value, ir.Value] = {}
+        centered: dict[ir.Value, tuple[LayerPlan, ir.Value]] = {}
         for layer in layers:
             node = nodes[layer.name]
             x = node.inputs[0]
             assert x is not None
             if x not in centered:
-                centered[x] = _subtract(model.graph, x, layer)
+                centered[x] = layer, _subtract(model.graph, x, layer)
+            first, shifted = centered[x]
+            if first.precision.activation_offset != layer.precision.activation_offset:
+                raise UserError(
+                    f"layers {first.name} and {layer.name} read the same tensor, but the plan gives it two offsets; "
+                    "give both the same activation_offset"
+                )
             _add_to_bias(model.graph, node, layer, _correction(node, layer, self.plan.weight_scales[layer.name]))
-            node.replace_input_with(0, centered[x])
+            node.replace_input_with(0, shifted)
         return ir.passes.PassResult(model, modified=bool(layers))
 
 

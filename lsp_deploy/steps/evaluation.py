@@ -36,7 +36,8 @@ def class_output(model: ir.Model) -> str | None:
     A second dimension that is not fixed is no number of classes: CLIP's similarities are [images, texts].
     """
     for output in model.graph.outputs:
-        if output.shape is not None and len(output.shape) == 2 and _size(output, 1) not in (None, 1):
+        is_score = output.dtype is not None and output.dtype.is_floating_point()
+        if is_score and output.shape is not None and len(output.shape) == 2 and _size(output, 1) not in (None, 1):
             return str(output.name)
     return None
 

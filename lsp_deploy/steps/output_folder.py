@@ -67,13 +67,15 @@ class OutputFolder:
         return folder
 
     def make(self) -> None:
-        """Make the folder.
+        """Make the folder, without what an earlier run left of a model that is about to be replaced.
 
         Raises:
             UserError: it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for old in (*self.path.glob("engines/*.engine*"), *self.path.glob("report.*")):
+                old.unlink()
         except OSError as error:
             raise UserError(
                 f"cannot make the output folder {self.path}: {error.strerror}; choose another -o"

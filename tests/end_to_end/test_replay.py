@@ -17,3 +17,11 @@ def test_a_plan_of_another_compute_type_replays_to_the_same_bytes(run, bare: Pat
         result = run(*common, "-o", "b", "--plan", "a/plan.json")
         assert result.code == 0, result.err
         assert sha256_of(Path("a/model.onnx")) == sha256_of(Path("b/model.onnx"))
+
+
+def test_nothing_of_an_earlier_model_stays(run, demo: Path) -> None:
+    first = ("compress", demo.name, "--target", "cpu", "-o", "out")
+    assert run(*first).code == 0
+    assert list(Path("out/engines").iterdir())
+    assert run(*first, "--precision", "fp32", "--no-build", "--force").code == 0
+    assert not list(Path("out/engines").iterdir())

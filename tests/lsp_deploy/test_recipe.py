@@ -109,3 +109,13 @@ def test_shapes_are_spelled_as_trtexec_does() -> None:
     for bad in ("x", "x:", ":1x3", "x:1x", "x:0x3", "x:-1x3"):
         with pytest.raises(ValueError, match="written like"):
             parse_shapes(bad)
+
+
+def test_data_named_anew_does_not_get_the_labels_of_other_data(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "lsp-deploy.toml").write_text(
+        'target = "a100"\ncalibration_data = "a.npz"\nlabels = "a.csv"\n'
+        'sparsity = "block"\nblock = "16x16"\nflops = 0.5\n'
+    )
+    merged = merge_recipe({"calibration_data": "synthetic", "sparsity": "2:4"}, None, model)
+    assert (merged.labels, merged.block, merged.flops) == (None, None, None)
+    assert merge_recipe({}, None, model).flops == 0.5

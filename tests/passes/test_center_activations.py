@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+from lsp_deploy.errors import UserError
 from lsp_deploy.passes.center_activations import CenterActivationsPass
 from lsp_deploy.passes.insert_qdq import InsertQdqPass
 from lsp_deploy.plan import LayerPlan, Plan, PrecisionDecision, SparsityDecision
@@ -147,3 +148,11 @@ def test_without_offsets_nothing_changes() -> None:
     plan = make_plan(model)
     plan.layers[0].precision.activation_offset = 0.0
     assert not CenterActivationsPass(plan)(model).modified
+
+
+def test_two_offsets_for_one_tensor_are_refused() -> None:
+    model = make_model("matmul with bias", layers=2)
+    plan = make_plan(model, layers=2)
+    plan.layers[1].precision.activation_offset = 0.5
+    with pytest.raises(UserError, match="two offsets"):
+        CenterActivationsPass(plan)(model)
