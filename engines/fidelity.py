@@ -6,16 +6,16 @@ Everything is paired: both models answer the same samples, and intervals are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from itertools import repeat
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from lsp_deploy import console
+from lsp_deploy.engines.batches import Batches, run_batches, without_padding
 from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,16 +28,6 @@ __all__ = ["SQNR_LIMIT_DB", "Fidelity", "compare_outputs", "layer_sqnr", "run_da
 # Float32 resolves about 140 dB; beyond this two tensors are the same, and below its negative nothing is left.
 SQNR_LIMIT_DB = 200.0
 _Z95 = 1.959964  # normal quantile of a two-sided 95 % interval
-
-
-class Batches(Protocol):
-    """Samples that come in batches, as lsp_deploy.data.Dataset gives them."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, size: int, /) -> Iterator[dict[str, NDArray[Any]]]:
-        """Yield feeds of `size` samples in order; the last batch may be smaller."""
-        ...
 
 
 class Fidelity(BaseModel):
@@ -151,7 +141,7 @@ def run_dataset(
         raise UserError(f"the model has no output {name}; it has {', '.join(engine.outputs)}")
     parts = []
     with console.progress(description, len(dataset)) as advance:
-        for count, _, outputs in _runs(engine, dataset, batch_size):
+        for count, _, outputs in run_batches(engine, dataset, batch_size):
             parts.append(_cut(outputs[name], count, name))
             advance(count)
     return np.concatenate(parts)
@@ -189,42 +179,20 @@ def layer_sqnr(
             stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads, extra_outputs=list(names)))
             for model, names in zip((dense, compressed), zip(*pairs.values(), strict=True), strict=True)
         ]
-        both = (_runs(engine, dataset, batch_size) for engine in engines)
+        both = (run_batches(engine, dataset, batch_size) for engine in engines)
         for (count, size, ours), (_, _, theirs) in zip(*both, strict=True):
             for layer, (a, b) in pairs.items():
                 if ours[a].shape != theirs[b].shape:
                     raise UserError(f"{layer}: {a} is {ours[a].shape} but {b} is {theirs[b].shape}")
-                totals[layer] += _energies(*(_without_padding(value, count, size) for value in (ours[a], theirs[b])))
+                totals[layer] += _energies(*(without_padding(value, count, size) for value in (ours[a], theirs[b])))
             advance(count)
     return {layer: _decibels(signal, noise) for layer, (signal, noise) in totals.items()}
-
-
-def _runs(engine: Engine, dataset: Batches, batch_size: int) -> Iterator[tuple[int, int, dict[str, NDArray[Any]]]]:
-    """Yield how many samples a run held, its size with padding, and its outputs."""
-    fixed = _fixed_batch(engine)
-    for feeds in dataset.batches(fixed or batch_size):
-        count = len(next(iter(feeds.values())))
-        if fixed is not None and count < fixed:
-            feeds = {name: np.concatenate([value, *repeat(value[-1:], fixed - count)]) for name, value in feeds.items()}
-        yield count, max(count, fixed or 0), engine.run(feeds)
-
-
-def _fixed_batch(engine: Engine) -> int | None:
-    first = next(iter(engine.inputs.values())).shape[0]
-    return first if isinstance(first, int) else None
 
 
 def _cut(value: NDArray[Any], count: int, name: str) -> NDArray[Any]:
     if value.ndim == 0 or len(value) < count:
         raise UserError(f"output {name} of shape {list(value.shape)} has no batch dimension; name another output")
     return value[:count]
-
-
-def _without_padding(value: NDArray[Any], count: int, size: int) -> NDArray[Any]:
-    """Cut an inner value, whose first dimension is the batch alone or merged with tokens or windows."""
-    if count == size or value.ndim == 0 or len(value) % size:
-        return value
-    return value[: len(value) // size * count]
 
 
 def _answers(dense: NDArray[Any], compressed: NDArray[Any], finite: NDArray[np.bool_]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsp_deploy import console
+from lsp_deploy.engines.batches import run_batches, without_padding
 from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def collect_activations(
         engine: gives each layer's `x` (by value name) as an output.
         layers: the linear layers; those that read the same tensor share one entry.
         dataset: calibration data.
-        batch_size: samples a run.
+        batch_size: samples a run; an engine of a fixed batch runs at that.
         rows: sampled rows to keep of each input.
 
     Returns:
@@ -115,13 +116,12 @@ def collect_activations(
     result: dict[str, ActivationStatistics] = {}
     with console.progress("calibrating", len(dataset)) as advance:
         done = 0
-        for feeds in dataset.batches(batch_size):
-            outputs = engine.run(feeds)
-            size = min(batch_size, len(dataset) - done)
+        for count, size, outputs in run_batches(engine, dataset, batch_size):
             for name, layer in by_input.items():
-                _add(result, name, as_rows(outputs[name], layer), size, len(dataset), done, rows)
-            done += size
-            advance(size)
+                x = without_padding(as_rows(outputs[name], layer), count, size)
+                _add(result, name, x, count, len(dataset), done, rows)
+            done += count
+            advance(count)
     return result
 
 

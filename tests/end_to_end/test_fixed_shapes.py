@@ -56,6 +56,18 @@ def test_a_fixed_batch_with_another_dynamic_dimension(run) -> None:
 SHAPES = ("--min-shapes", "x:1x3x16", "--opt-shapes", "x:1x5x16", "--max-shapes", "x:1x7x16")
 
 
+def test_a_fixed_batch_need_not_divide_the_samples(run) -> None:
+    write_mlp(Path("m.onnx"), 4, 5)
+    result = run(
+        *("compress", "m.onnx", "--target", "a100", "--calibration-data", "random", "--samples", 10),
+        *("--precision", "int8", "--no-build", "-o", "out"),
+    )
+    assert result.code == 0, result.err
+    report = json.loads(Path("out/report.json").read_text())
+    assert [report["data"][part]["samples"] for part in ("calibration", "held_out")] == [8, 2]
+    assert report["model"]["inputs"][0]["shape"] == [4, 5, 16]
+
+
 def test_a_fixed_batch_is_the_one_that_is_timed(run) -> None:
     write_mlp(Path("m.onnx"), 3, 5)
     result = run("profile", "m.onnx", "--duration", "0.1", "--warm-up", "0", "--json")
