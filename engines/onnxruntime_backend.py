@@ -269,6 +269,10 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
 
     Without `x64quantprecision`, a CPU that has no VNNI adds pairs of int8 products in 16 bits, which saturate: answers
     of a Q/DQ model would then depend on the CPU (an 8 % error was seen where int8 rounding explains 0.3 %).
+
+    `MatMulAddFusion` reshapes the input of a MatMul of fixed shape to make it a Gemm. Behind a DequantizeLinear that
+    keeps it from running in int8, and from opset 21 on it ends in a graph that ONNX Runtime itself refuses
+    ("output_dtype INT8 does not match y_zero_point type UINT8", its issue 25526).
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -276,6 +280,7 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
     options.log_severity_level = 4  # what goes wrong is raised; it need not be logged to stderr as well
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("optimization.disable_specified_optimizers", "MatMulAddFusion")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options

@@ -152,6 +152,22 @@ def test_layers_of_a_quantized_model(make_model, tmp_path: Path):
     assert layer_counts(info.layers)["QuantizeLinear fp32"] == 1
 
 
+@pytest.mark.parametrize("opset", [19, 21])
+def test_int8_of_a_fixed_batch_runs_in_int8(make_model, x: np.ndarray, tmp_path: Path, opset: int):
+    path = make_model("int8", batch=3)
+    proto = onnx.load(path)
+    proto.opset_import[0].version = opset
+    proto.ir_version = 10
+    onnx.save(proto, path)
+    with OnnxRuntimeEngine.from_model(path, threads=1) as engine:
+        fixed = engine.run({"x": x})["y"]
+    with OnnxRuntimeEngine.from_model(make_model("int8", name="dynamic.onnx"), threads=1) as engine:
+        np.testing.assert_allclose(fixed, engine.run({"x": x})["y"], atol=1e-5)
+    info = OnnxRuntimeBackend().build(path, tmp_path / "e", load_target("cpu"), BuildOptions())
+    assert layer_counts(info.layers)["QuantizeLinear fp32"] == 1
+    assert [layer.onnx_nodes for layer in info.layers if layer.precision == "int8"] == [["linear"]]
+
+
 def test_a_model_that_cannot_be_built_leaves_nothing(tmp_path: Path):
     model = tmp_path / "text.onnx"
     model.write_text("not a model")
