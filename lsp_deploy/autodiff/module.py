@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from lsp_deploy.autodiff.expansion import expand_functions
 from lsp_deploy.autodiff.operators import (  # noqa: F401  (importing registers their operators)
     elementwise,
     linear,
@@ -17,10 +18,10 @@ from lsp_deploy.autodiff.operators import (  # noqa: F401  (importing registers 
     reduction,
     shape,
 )
-from lsp_deploy.autodiff.operators.registry import OPERATORS, Operator
+from lsp_deploy.autodiff.operators.registry import HOST_INPUTS, OPERATORS, Operator
 from lsp_deploy.errors import UserError
 
-__all__ = ["LayerHook", "OnnxModule"]
+__all__ = ["Execution", "LayerHook", "OnnxModule"]
 
 LayerHook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Called with a node's first input and its output as the graph runs; returns the output to go on with."""
@@ -30,15 +31,17 @@ class OnnxModule(torch.nn.Module):
     """Runs the graph of `model` in torch, node by node; equal to ONNX Runtime up to rounding.
 
     Floating-point initializers become parameters, in graph order, found by initializer name in `weights`; integer
-    ones stay constants on the CPU, where shape arithmetic happens.
+    ones stay constants on the CPU, where shape arithmetic happens, and follow what they are combined with. Operators
+    without an implementation here are written out by their ONNX function bodies.
 
     Raises:
         UserError: the graph holds an operator that has no torch implementation; names it and its node.
     """
 
     def __init__(self, model: ir.Model) -> None:
-        """Take a model with functions inlined; its tensors are copied."""
+        """Take a model; it is not changed and its tensors are copied."""
         super().__init__()
+        model = expand_functions(model, OPERATORS.keys() | {("", "Constant")})
         self.opset = model.opset_imports[""]
         self.hooks_by_node: dict[str, LayerHook] = {}
         self.input_names = [str(value.name) for value in model.graph.inputs if not value.is_initializer()]
@@ -48,6 +51,7 @@ class OnnxModule(torch.nn.Module):
         for value in model.graph.initializers.values():
             self._add_initializer(str(value.name), value)
         self._steps = [_Step(node, self.opset) for node in model.graph]
+        self._index_of = {step.name: index for index, step in enumerate(self._steps)}
         self._last_use = _last_uses(self._steps, self.output_names)
 
     @property
@@ -64,14 +68,16 @@ class OnnxModule(torch.nn.Module):
         Returns:
             Outputs by name.
         """
-        values: dict[str, torch.Tensor] = {**self._constants, **self.weights, **feeds}
-        for index, step in enumerate(self._steps):
-            inputs = [values[name] if name else None for name in step.inputs]
-            outputs = self._run(step, inputs)
-            values.update(zip(step.outputs, outputs, strict=False))
-            for name in self._last_use.get(index, ()):
-                del values[name]
-        return {name: values[name] for name in self.output_names}
+        return self.start(feeds).finish()
+
+    def start(self, feeds: Mapping[str, torch.Tensor], keep: Iterable[str] = ()) -> Execution:
+        """Begin a run that can stop at any node and go on from there; no node has run yet.
+
+        Args:
+            feeds: inputs by name.
+            keep: names of values that are not dropped after their last use.
+        """
+        return Execution(self, feeds, keep)
 
     def write_back(self, model: ir.Model) -> None:
         """Put the parameters into the initializers of `model`, in their own element types, bit-exactly."""
@@ -95,9 +101,15 @@ class OnnxModule(torch.nn.Module):
         self._parameter_names[name] = attribute
         self.register_parameter(attribute, torch.nn.Parameter(tensor))
 
+    def _initializer(self, name: str) -> torch.Tensor:
+        if name in self._constants:
+            return self._constants[name]
+        weight: torch.Tensor = getattr(self, self._parameter_names[name])
+        return weight
+
     def _run(self, step: _Step, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
         try:
-            result = step.function(step.attributes, self.opset, *inputs)
+            result = step.function(step.attributes, self.opset, *_on_one_device(step.op_type, inputs))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             shapes = [None if value is None else tuple(value.shape) for value in inputs]
             raise UserError(
@@ -108,6 +120,63 @@ class OnnxModule(torch.nn.Module):
         if hook is not None and inputs[0] is not None:
             outputs[0] = hook(inputs[0], outputs[0])
         return outputs
+
+
+class Execution:
+    """A run of a module's graph that stops where it is told to and goes on from there.
+
+    Going node by node to the end costs one forward pass in all. A weight is read when the node that uses it runs: one
+    that is changed between two calls takes effect from then on.
+    """
+
+    values: dict[str, torch.Tensor]
+    """What is live, by ONNX value name: inputs and results that a later node reads, outputs, and what is kept.
+    An entry may be replaced before going on. Initializers are not here but in the module."""
+
+    def __init__(self, module: OnnxModule, feeds: Mapping[str, torch.Tensor], keep: Iterable[str] = ()) -> None:
+        """Take what `OnnxModule.start` takes."""
+        self.values = dict(feeds)
+        self._module = module
+        self._kept = frozenset(keep)
+        self._next = 0
+
+    def advance(self, node_name: str, *, after: bool) -> None:
+        """Run up to a node, and drop the values that no later node reads.
+
+        Args:
+            node_name: where to stop.
+            after: whether that node still runs; if not, the values that it reads are live.
+
+        Raises:
+            ValueError: there is no such node, or it has run already.
+        """
+        index = self._module._index_of.get(node_name)
+        if index is None:
+            raise ValueError(f"the graph has no node {node_name}")
+        stop = index + 1 if after else index
+        if stop < self._next:
+            raise ValueError(f"node {node_name} has run already")
+        self._run_until(stop)
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Run what is left and return the outputs by name."""
+        self._run_until(len(self._module._steps))
+        return {name: self._value(name) for name in self._module.output_names}
+
+    def _run_until(self, stop: int) -> None:
+        module = self._module
+        for index in range(self._next, stop):
+            step = module._steps[index]
+            outputs = module._run(step, [self._value(name) if name else None for name in step.inputs])
+            self.values.update(zip(step.outputs, outputs, strict=False))
+            for name in module._last_use.get(index, ()):
+                if name not in self._kept:
+                    self.values.pop(name, None)
+            self._next = index + 1
+
+    def _value(self, name: str) -> torch.Tensor:
+        value = self.values.get(name)
+        return self._module._initializer(name) if value is None else value
 
 
 class _Step:
@@ -159,16 +228,20 @@ def _to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _last_uses(steps: list[_Step], kept: list[str]) -> dict[int, list[str]]:
-    """Return, by step index, the values that no later step reads; their memory can go."""
-    produced = {name for step in steps for name in step.outputs}
-    last: dict[str, int] = {}
-    for index, step in enumerate(steps):
-        for name in [*step.inputs, *step.outputs]:
-            if name in produced:
-                last[str(name)] = index
+def _on_one_device(op_type: str, inputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Move inputs to the accelerator that one of them is on, but for shapes, axes and the like, which stay."""
+    device = next((value.device for value in inputs if value is not None and value.device.type != "cpu"), None)
+    if device is None:
+        return inputs
+    host = HOST_INPUTS.get(op_type, ())
+    return [value if value is None or index in host else value.to(device) for index, value in enumerate(inputs)]
+
+
+def _last_uses(steps: list[_Step], outputs: list[str]) -> dict[int, list[str]]:
+    """Return, by step index, the inputs and results that no later step reads; their memory can go."""
+    last = {name: index for index, step in enumerate(steps) for name in [*step.inputs, *step.outputs]}
     by_step: dict[int, list[str]] = {}
     for name, index in last.items():
-        if name and name not in kept:
+        if name and name not in outputs:
             by_step.setdefault(index, []).append(name)
     return by_step

@@ -15,7 +15,10 @@ def layer_normalization(
     """Normalize over the axes from `axis` on, then scale and shift."""
     axis = attributes.get("axis", -1) % x.dim()
     shape = list(x.shape[axis:])
-    normalized = functional.layer_norm(x, shape, eps=attributes.get("epsilon", 1e-5)) * scale
+    epsilon = attributes.get("epsilon", 1e-5)
+    if list(scale.shape) == shape and (bias is None or bias.shape == scale.shape):
+        return functional.layer_norm(x, shape, scale, bias, epsilon)
+    normalized = functional.layer_norm(x, shape, eps=epsilon) * scale
     return normalized if bias is None else normalized + bias
 
 
@@ -37,8 +40,8 @@ def batch_normalization(
     mean: torch.Tensor,
     variance: torch.Tensor,
 ) -> torch.Tensor:
-    """Normalize each channel by its stored mean and variance."""
-    return functional.batch_norm(x, mean, variance, scale, bias, eps=attributes.get("epsilon", 1e-5))
+    """Normalize each channel by its stored mean and variance, which are statistics: no gradient flows to them."""
+    return functional.batch_norm(x, mean.detach(), variance.detach(), scale, bias, eps=attributes.get("epsilon", 1e-5))
 
 
 @operator("InstanceNormalization")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["OPERATORS", "Attributes", "Operator", "Result", "ints", "onnx_dtype", "operator"]
+__all__ = ["HOST_INPUTS", "OPERATORS", "Attributes", "Operator", "Result", "ints", "onnx_dtype", "operator"]
 
 Attributes = Mapping[str, Any]
 Result = torch.Tensor | Sequence[torch.Tensor]
@@ -15,6 +15,33 @@ Operator = Callable[..., Result]
 """Called as operator(attributes, opset, *inputs), None for an input that is left out."""
 
 OPERATORS: dict[tuple[str, str], Operator] = {}
+
+HOST_INPUTS: dict[str, tuple[int, ...]] = {
+    "ConstantOfShape": (0,),
+    "CumSum": (1,),
+    "Expand": (1,),
+    "Pad": (1, 2, 3),
+    "Range": (0, 1, 2),
+    "ReduceL1": (1,),
+    "ReduceL2": (1,),
+    "ReduceLogSumExp": (1,),
+    "ReduceMax": (1,),
+    "ReduceMean": (1,),
+    "ReduceMin": (1,),
+    "ReduceProd": (1,),
+    "ReduceSum": (1,),
+    "ReduceSumSquare": (1,),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Squeeze": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Trilu": (1,),
+    "Unsqueeze": (1,),
+}
+"""Inputs that say where and how much, by operator: their numbers are read on the CPU."""
 
 _DTYPES = {
     1: torch.float32,
