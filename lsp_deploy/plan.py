@@ -1,7 +1,7 @@
 """The plan: what was decided for every linear layer, and why. The one thing that passes read.
 
 `plan.json` holds decisions, reasons and hashes: diffable, editable by hand. `plan.safetensors` beside it holds
-what the decisions need to be carried out again without calibration data: masks and weight scales.
+what the decisions need to be carried out again without calibration data: masks, weight scales and changed weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import atomic_path, sha256_of, write_text
 
-__all__ = ["LayerPlan", "Pattern", "Plan", "PrecisionDecision", "SparsityDecision", "load_plan", "save_plan"]
+__all__ = [
+    "LayerPlan",
+    "Pattern",
+    "Plan",
+    "PrecisionDecision",
+    "RecoveryDecision",
+    "SparsityDecision",
+    "load_plan",
+    "save_plan",
+]
 
 Pattern = Literal["dense", "2:4", "block"]
 
@@ -34,6 +43,21 @@ class SparsityDecision(_Strict):
     zeros: float = Field(0.0, ge=0, le=1, description="fraction of the weight's entries that the pattern makes zero")
     method: str | None = Field(None, description="score the mask was chosen by, e.g. magnitude or activation")
     reason: str = Field(description="why this and not more, in words for the report")
+
+
+class RecoveryDecision(_Strict):
+    """What was done to the surviving weights of a layer, so that the network loses less."""
+
+    method: Literal["none", "reconstruct"] = "none"
+    fits: Literal["layer output", "residual stream"] | None = Field(
+        None, description="reconstruct: what of the dense model the new weights fit"
+    )
+    ridge: float | None = Field(None, description="strength of the pull to the old weights, in mean input energies")
+    error_before: float | None = Field(
+        None, description="relative squared error of what is fitted, on samples held out from the fit, before it"
+    )
+    error_after: float | None = Field(None, description="the same after it")
+    reason: str = Field("not asked for", description="why this, in words for the report")
 
 
 class PrecisionDecision(_Strict):
@@ -58,6 +82,7 @@ class LayerPlan(_Strict):
     M: int = Field(description="rows of the layer's input at the opt shapes")
     sparsity: SparsityDecision
     precision: PrecisionDecision
+    recovery: RecoveryDecision = Field(default_factory=RecoveryDecision)
 
     @property
     def flops(self) -> int:
@@ -82,6 +107,8 @@ class Plan(_Strict):
 
     _masks: dict[str, NDArray[np.bool_]] = PrivateAttr(default_factory=dict)
     _weight_scales: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
+    _weights: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
+    _biases: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
 
     @property
     def masks(self) -> dict[str, NDArray[np.bool_]]:
@@ -93,11 +120,23 @@ class Plan(_Strict):
         """By layer name: float32 [N], symmetric int8 scale of each output column. Layers not quantized have none."""
         return self._weight_scales
 
+    @property
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """By layer name: float32 [K, N], the weight that takes the place of the dense one. Layers not changed have none."""
+        return self._weights
+
+    @property
+    def biases(self) -> dict[str, NDArray[np.float32]]:
+        """By layer name: float32 [N], the bias that takes the place of the dense one. Layers not changed have none."""
+        return self._biases
+
     def branch(self) -> Plan:
         """Return a copy whose decisions can be changed freely; the arrays are shared."""
         copy = self.model_copy(update={"layers": [layer.model_copy(deep=True) for layer in self.layers]})
         copy._masks = dict(self._masks)
         copy._weight_scales = dict(self._weight_scales)
+        copy._weights = dict(self._weights)
+        copy._biases = dict(self._biases)
         return copy
 
     def layer(self, name: str) -> LayerPlan:
@@ -115,8 +154,9 @@ def save_plan(plan: Plan, path: Path) -> None:
     tensors: dict[str, NDArray[Any]] = {}
     for name, mask in plan.masks.items():
         tensors[f"{name}.mask"] = np.packbits(mask, axis=None)
-    for name, scale in plan.weight_scales.items():
-        tensors[f"{name}.weight_scale"] = np.ascontiguousarray(scale)
+    for kind, arrays in (("weight_scale", plan.weight_scales), ("weight", plan.weights), ("bias", plan.biases)):
+        for name, array in arrays.items():
+            tensors[f"{name}.{kind}"] = np.ascontiguousarray(array)
     with atomic_path(path.with_suffix(".safetensors")) as temporary:
         temporary.write_bytes(save(tensors))
         plan.tensors_sha256 = sha256_of(temporary)
@@ -155,6 +195,10 @@ def load_plan(path: Path) -> Plan:
                 plan.masks[layer.name] = mask
             if (scale := tensors.get(f"{layer.name}.weight_scale")) is not None:
                 plan.weight_scales[layer.name] = scale.astype(np.float32).reshape(layer.N)
+            if (weight := tensors.get(f"{layer.name}.weight")) is not None:
+                plan.weights[layer.name] = weight.astype(np.float32).reshape(layer.K, layer.N)
+            if (bias := tensors.get(f"{layer.name}.bias")) is not None:
+                plan.biases[layer.name] = bias.astype(np.float32).reshape(layer.N)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{tensors_path} does not belong to {path.name}: {error}") from error
     return plan

@@ -42,12 +42,14 @@ def apply_plan(model: ir.Model, plan: Plan, original_io: Mapping[str, ir.DataTyp
 
 
 def apply_decisions(model: ir.Model, plan: Plan) -> ir.Model:
-    """Return a copy of the canonical float32 `model` with the plan's masks and Q/DQ, still computing in float32."""
+    """Return a copy of the canonical float32 `model` with the plan's weights, masks and Q/DQ, still in float32."""
     from lsp_deploy.passes.apply_masks import ApplyMasksPass
     from lsp_deploy.passes.center_activations import CenterActivationsPass
     from lsp_deploy.passes.insert_qdq import InsertQdqPass
+    from lsp_deploy.passes.replace_parameters import ReplaceParametersPass
 
     compressed = model.clone()
+    ReplaceParametersPass(plan)(compressed)
     ApplyMasksPass(plan)(compressed)
     CenterActivationsPass(plan)(compressed)
     InsertQdqPass(plan)(compressed)

@@ -1,0 +1,1 @@
+"""The best surviving weights under a fixed mask, layer by layer, from calibration activations; nothing is trained."""

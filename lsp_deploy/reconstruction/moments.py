@@ -1,0 +1,49 @@
+"""The sums over tokens that a layer's least-squares fit needs, and the error of any weights under them."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Σ w x xᵀ, Σ w x yᵀ and Σ w yᵀy over weighted tokens, in float64; x has a column of ones where there is a bias."""
+
+    def __init__(self, K: int, N: int, *, bias: bool, device: str = "cpu") -> None:
+        """Start at zero for inputs of K and targets of N features."""
+        size = K + bias
+        self.bias = bias
+        self.xx = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(size, N, dtype=torch.float64, device=device)
+        self.yy = 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add tokens: x [tokens, K], y [tokens, N], weight [tokens] ≥ 0; float32."""
+        root = weight.sqrt().unsqueeze(1)
+        if self.bias:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x, y = x * root, y * root
+        # A batch is summed in float32, batches in float64.
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += float(y.double().square().sum())
+
+    @property
+    def input_energy(self) -> float:
+        """The mean of Σ w x² over the K input features: the unit that ridges are given in."""
+        features = len(self.xx) - self.bias
+        return float(self.xx.diagonal()[:features].mean())
+
+    def error(self, theta: torch.Tensor) -> float:
+        """Return Σ w ‖x θ - y‖² / Σ w ‖y‖² of weights θ [K (+ 1), N] (the bias in the last row), float64."""
+        if self.yy == 0:
+            return 0.0
+        squared = (theta * (self.xx @ theta - 2 * self.xy)).sum() + self.yy
+        return max(float(squared), 0.0) / self.yy
+
+    def plus(self, other: Moments) -> Moments:
+        """Return the sums over both sets of tokens."""
+        both = Moments(len(self.xx) - self.bias, self.xy.shape[1], bias=self.bias, device=str(self.xx.device))
+        both.xx, both.xy, both.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
+        return both
