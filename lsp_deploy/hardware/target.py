@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 
     from lsp_deploy.passes.validate_target import TargetRules
 
-__all__ = ["BuilderName", "Pays", "Peak", "Target", "list_targets", "load_target", "target_details", "target_table"]
+__all__ = [
+    "BuilderName",
+    "Kernels",
+    "Pays",
+    "Peak",
+    "Target",
+    "list_targets",
+    "load_target",
+    "target_details",
+    "target_table",
+]
 
 ElementType = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4"]
 MatrixUnit = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4"]
@@ -58,12 +68,44 @@ class Peak(_Strict):
 
     dense: float = Field(gt=0, description="peak rate on dense operands, TFLOP/s or TOP/s")
     sparse24: float | None = Field(None, gt=0, description="peak rate on 2:4 weights; none where there is no such unit")
+    pj_per_flop: float | None = Field(
+        None,
+        gt=0,
+        description="energy of one dense FLOP at full load, pJ, where measured; else tdp_w over the peak rate",
+    )
 
     @model_validator(mode="after")
     def _sparse_is_faster(self) -> Peak:
         if self.sparse24 is not None and self.sparse24 <= self.dense:
             raise ValueError(f"sparse24 = {self.sparse24:g} is not above dense = {self.dense:g}; leave it out")
         return self
+
+
+class Kernels(_Strict):
+    """How matrix kernels use the hardware: the constants of the cost model (`cost_model.py` has its formula)."""
+
+    tile_m: int = Field(64, gt=0, description="rows of x that one tile computes: B_m of LSP's Eq. 7")
+    tile_n: list[int] = Field([64, 32], min_length=1, description="columns of y that one tile may compute")
+    overhead_k: float = Field(
+        80, ge=0, description="what starting and ending a tile costs, in steps of K in the compute type"
+    )
+    dense_efficiency: float = Field(0.6, gt=0, le=1, description="fraction of the dense peak that dense kernels reach")
+    sparse24_efficiency: float = Field(0.37, gt=0, le=1, description="fraction of the 2:4 peak that 2:4 kernels reach")
+    block_efficiency: float = Field(
+        0.48, gt=0, le=1, description="fraction of the dense peak that block-sparse kernels reach on what survives"
+    )
+    source: str = Field(
+        "fitted to a model of block-sparse kernels and to published 2:4 speedups, not measured",
+        min_length=1,
+        description="where these figures come from, as a clause for the report",
+    )
+
+    @field_validator("tile_n")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if min(value) < 1:
+            raise ValueError("a tile has at least one column")
+        return value
 
 
 class Pays(_Strict):
@@ -115,6 +157,9 @@ class Target(_Strict):
     launch_us: float | None = Field(None, gt=0, description="time that one more kernel in a captured graph costs, µs")
     peak: dict[MatrixUnit, Peak] = Field(
         default_factory=dict, description="peak rate by matrix unit: fp32, tf32, fp16, bf16, int8, fp8, fp4"
+    )
+    kernels: Kernels = Field(
+        default_factory=Kernels, description="how matrix kernels use it: the cost model's constants"
     )
     pays: Pays = Field(description="from where on zeros make a layer faster")
     build_on_device: bool = Field(False, description="true where no other machine can build its engines")
@@ -251,6 +296,8 @@ def target_details(target: Target) -> Group:
     table.columns[0].no_wrap = True
     table.columns[1].overflow = "fold"
     for name, value, meaning in _fields(target):
+        if name.startswith("kernels.") and not target.peak:
+            continue  # nothing is estimated from them
         table.add_row(name, escape(value), f"[dim]{escape(meaning)}[/dim]")
     table.add_row("sha256", target.sha256, "[dim]of all that the target says; reports name it[/dim]")
     if "tensorrt" not in target.builders:
@@ -268,14 +315,15 @@ def _fields(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, str]
         elif name == "peak":
             for unit, peak in value.items():
                 sparse = f", {peak.sparse24:g} with 2:4" if peak.sparse24 else ""
-                yield f"peak.{unit}", f"{peak.dense:g}{sparse}", "peak rate, TFLOP/s or TOP/s"
+                energy = f", {peak.pj_per_flop:g} pJ a FLOP" if peak.pj_per_flop else ""
+                yield f"peak.{unit}", f"{peak.dense:g}{sparse}{energy}", "peak rate, TFLOP/s or TOP/s"
         elif value not in (None, "", []) and name != "device_commands":
             yield prefix + name, _shown(value), meaning
 
 
 def _shown(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(value)
+        return ", ".join(str(item) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -374,9 +422,8 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _table_of(location: tuple[int | str, ...]) -> type[BaseModel]:
-    if len(location) > 1 and location[0] in ("peak", "pays"):
-        return Peak if location[0] == "peak" else Pays
-    return Target
+    tables: dict[int | str, type[BaseModel]] = {"peak": Peak, "pays": Pays, "kernels": Kernels}
+    return tables.get(location[0], Target) if len(location) > 1 else Target
 
 
 def _trtexec_shapes(shapes: Mapping[str, Sequence[int]]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import lsp_deploy.hardware.target as target_module
 from lsp_deploy.errors import UserError
-from lsp_deploy.hardware.target import Peak, Target, list_targets, load_target, target_details, target_table
+from lsp_deploy.hardware.target import Kernels, Peak, Target, list_targets, load_target, target_details, target_table
 
 FOLDER = Path(target_module.__file__).parent / "targets"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -149,6 +149,19 @@ def test_where_zeros_pay():
     assert cpu.block_zeros_min is None
 
 
+def test_kernels_have_defaults_that_name_their_source(tmp_path):
+    a100, h100 = (load_target(name).kernels for name in ("a100", "h100"))
+    assert a100 == Kernels()
+    assert h100.block_efficiency < a100.block_efficiency < a100.dense_efficiency
+    assert "not measured" in a100.source
+    target = load_target(write(tmp_path, 'base = "a100"\n[kernels]\ntile_n = [128, 64]\nsource = "measured here"\n'))
+    assert target.kernels == Kernels(tile_n=[128, 64], source="measured here")
+    text = printed(target_details(target))
+    assert "kernels.tile_m" in text
+    assert "128, 64" in text
+    assert "kernels" not in printed(target_details(load_target("cpu")))
+
+
 def test_no_two_targets_share_a_name():
     names = [alias for target in list_targets() for alias in (target.name, *target.aliases)]
     assert len(names) == len(set(names))
@@ -240,6 +253,8 @@ def test_inheritance_through_an_alias_and_a_derived_target(tmp_path):
     ('base = "a100"\nbandwidth_gb_s = nan\n', "bandwidth_gb_s: "),
     ('base = "a100"\nbandwidth_gb_s = "2039"\n', "bandwidth_gb_s: Input should be a valid number; got '2039'"),
     ('base = "a100"\n[peak]\nfp16 = { dense = 300, sparse24 = 200 }\n', "peak.fp16: sparse24 = 200 is not above"),
+    ('base = "a100"\n[kernels]\ntile_n = [0]\n', "kernels.tile_n: a tile has at least one column; got [0]"),
+    ('base = "a100"\n[kernels]\nblok_efficiency = 0.4\n', "kernels.blok_efficiency'; did you mean block_efficiency?"),
     ('base = "a100"\n[peak]\nfp17 = { dense = 300 }\n', "peak.fp17: Input should be"),
     ('base = "a100"\nname = "../../etc"\n', "a name is made of lower-case letters"),
     ('base = "a100"\nbuild_on_device = true\ndevice_commands = ""\n', "build_on_device needs device_commands"),
@@ -323,5 +338,5 @@ def test_the_documentation_lists_every_target_and_field():
     text = DOCUMENTATION.read_text()
     for target in list_targets():
         assert f"`{target.name}`" in text, target.name
-    for field in Target.model_fields:
+    for field in [*Target.model_fields, *Kernels.model_fields]:
         assert f"`{field}`" in text, field
