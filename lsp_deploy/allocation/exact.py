@@ -145,6 +145,8 @@ class OptionHulls:
         for index, (layer, current) in enumerate(zip(self._options.values(), chosen, strict=True)):
             damages = np.where(layer.costs <= layer.costs[current] + room, layer.damages, np.inf)
             option = int(np.argmin(damages))
+            if damages[option] == damages[current]:
+                option = current  # of equal damage, a hull has the cheapest
             change = float(damages[option] - layer.damages[current])
             if np.isfinite(change) and (best is None or change < best[0]):
                 best = (change, index, option)

@@ -150,6 +150,11 @@ def test_a_curve_that_falls_is_followed_down_even_without_a_budget() -> None:
     assert ExactAllocator([curve]).allocate(np.inf).removed == {"a": 2}
 
 
+def test_of_equal_damage_the_cheapest_is_taken() -> None:
+    options = {name: LayerOptions(np.array([10.0, 8.0, 9.0]), np.array([1.0, 1.0, 1.0])) for name in "ab"}
+    assert choose_options(options, 100.0).chosen == {"a": 1, "b": 1}
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="no layer"):
         OptionHulls({})

@@ -159,7 +159,7 @@ def test_kernels_have_defaults_that_name_their_source(tmp_path):
     text = printed(target_details(target))
     assert "kernels.tile_m" in text
     assert "128, 64" in text
-    assert "kernels" not in printed(target_details(load_target("cpu")))
+    assert "kernels." not in printed(target_details(load_target("cpu")))
 
 
 def test_no_two_targets_share_a_name():
