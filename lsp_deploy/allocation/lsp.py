@@ -157,11 +157,10 @@ def _suffix_minimum(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _reason(curve: LayerCurve, removed: int, slope: NDArray[np.float64], target: float) -> str:
     if removed == 0:
-        least = f"no smaller slope than {slope[0]:.3g}" if len(slope) else "no block to spare"
-        return f"left dense: its δ-curve has {least}, and the target slope is {target:.3g}"
-    said = (
-        f"{removed} of {curve.blocks} blocks removed: up to there δ rises by {slope[removed - 1]:.3g} per layer removed"
+        least = f"its δ-curve has no smaller slope than {slope[0]:.3g}" if len(slope) else "no block may go"
+        return f"left dense: {least}, the target slope is {target:.3g}"
+    rest = "no more may go" if removed == len(slope) else f"the next slope is {slope[removed]:.3g}"
+    return (
+        f"{removed} of {curve.blocks} blocks removed: the slope of δ there, {slope[removed - 1]:.3g}, meets the target "
+        f"slope of {target:.3g}, {rest}"
     )
-    if removed == len(slope):
-        return f"{said}, within the target slope of {target:.3g}; no more may go"
-    return f"{said}, within the target slope of {target:.3g}; further on by {slope[removed]:.3g}"
