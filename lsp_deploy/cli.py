@@ -53,6 +53,22 @@ class Exporter(str, Enum):
     DYNAMO = "dynamo"
 
 
+class Objective(str, Enum):
+    """What `sensitivity` differentiates."""
+
+    LOSS = "loss"
+    TOP1 = "top1"
+    PSEUDO = "pseudo"
+    OUTPUT = "output"
+
+
+class Device(str, Enum):
+    """Where torch computes."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 def main() -> None:
     """Run the command line and exit with 0 done, 1 check failed, 2 usage or bad input, 130 interrupted."""
     try:
@@ -246,6 +262,69 @@ def compare(
     else:
         for table in comparison_tables(result):
             console.show(table)
+
+
+@app.command()
+def sensitivity(
+    model: ModelArgument,
+    calibration_data: Annotated[
+        str,
+        typer.Option("--calibration-data", help="Folder, .tar, .tar.gz, .npz or .npy of images; or synthetic, random."),
+    ],
+    block: Annotated[str, typer.Option("--block", help="Block shape block_k x block_n on W [K, N].")] = "32x32",
+    labels: Annotated[str | None, typer.Option("--labels", help="CSV with filename,class_index.")] = None,
+    label_column: Annotated[str | None, typer.Option("--label-column", help="Column instead of class_index.")] = None,
+    objective: Annotated[
+        Objective | None,
+        typer.Option(
+            "--objective", help="What is differentiated.  [default: loss with labels, top1 or output without]"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Output folder.  [default: ./<model stem>-sensitivity/]")
+    ] = None,
+    preprocess: Annotated[str | None, typer.Option("--preprocess", help="Preset or TOML file.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images to use.  [default: all]")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything that draws.")] = 0,
+    shapes: ShapesOption = None,
+    kappa: Annotated[
+        float | None, typer.Option("--kappa", help="Ridge of the Fisher matrix.  [default: 1 % of its diagonal]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Samples a pass.  [default: by memory]")] = None,
+    device: Annotated[Device, typer.Option("--device", help="Where gradients are computed.")] = Device.CPU,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Folder for gradients.  [default: .cache in the output folder]")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure what removing blocks of each layer of MODEL would cost."""
+    from lsp_deploy.analysing import SensitivityRequest, analyse_model, sensitivity_table
+
+    console.configure(json=json)
+    request = SensitivityRequest(
+        block=block,
+        calibration_data=calibration_data,
+        labels=labels,
+        label_column=label_column,
+        objective=None if objective is None else objective.value,
+        preprocess=preprocess,
+        samples=samples,
+        seed=seed,
+        shapes=_shapes(shapes),
+        kappa=kappa,
+        batch=batch,
+        device=device.value,
+        cache=cache,
+        jobs=jobs,
+    )
+    result = analyse_model(model, request, output)
+    if result is None:  # not the first process of torchrun
+        return
+    if json:
+        _print_json(result)
+    else:
+        console.show(sensitivity_table(result))
 
 
 @app.command()

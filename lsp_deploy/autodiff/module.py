@@ -59,6 +59,11 @@ class OnnxModule(torch.nn.Module):
         """Parameters by initializer name."""
         return {name: getattr(self, attribute) for name, attribute in self._parameter_names.items()}
 
+    @property
+    def node_names(self) -> list[str]:
+        """Names of the nodes in the order they run."""
+        return [step.name for step in self._steps]
+
     def forward(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the graph.
 

@@ -6,8 +6,9 @@ sample alone. Scores, gradients and curvature of the whole block-pruning problem
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,33 +17,42 @@ import torch
 from numpy.typing import NDArray
 
 from lsp_deploy import console
+from lsp_deploy.errors import UserError
+from lsp_deploy.sensitivity.gradient_files import GradientFiles
+from lsp_deploy.sensitivity.layer_rows import Layout, sample_rows
+from lsp_deploy.sensitivity.results import BlockGradients
 
 if TYPE_CHECKING:
     from lsp_deploy.autodiff.module import OnnxModule
     from lsp_deploy.data import Dataset
     from lsp_deploy.linear_layers import LinearLayer
 
-__all__ = ["BlockGradients", "Objective", "collect_block_gradients"]
+__all__ = ["Objective", "block_count", "block_gradients", "collect_block_gradients", "weight_groups"]
 
 Objective = Callable[[Mapping[str, torch.Tensor], NDArray[np.int64]], torch.Tensor]
 """Given a batch's outputs and its sample indices: the sum over the batch of one scalar a sample."""
 
+# Bytes of W ∘ g at a time. On a CPU what stays in the cache is read again for nothing; a GPU wants large pieces.
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+_SAVE_SECONDS = 20.0
 
-@dataclass
-class BlockGradients:
-    """What one layer's blocks contribute; blocks are numbered row-major over [ceil(K/block_k), ceil(N/block_n)]."""
 
-    contributions: NDArray[np.float32]
-    """A [N, blocks]; mapped from disk."""
-    taylor: NDArray[np.float64]
-    """[blocks]: mean over samples and entries of |W ∘ ∇_W f| (LSP section 3.1)."""
-    square_norms: NDArray[np.float64]
-    """[blocks]: ‖W_b‖²."""
+def block_count(layer: LinearLayer, block: tuple[int, int]) -> int:
+    """Return how many blocks cover a layer's W [K, N], ragged edges included."""
+    return -(-layer.K // block[0]) * -(-layer.N // block[1])
 
-    @property
-    def fisher(self) -> NDArray[np.float64]:
-        """[blocks]: mean over samples of A[n, b]², the second-order damage of removing one block."""
-        return np.asarray(np.square(self.contributions, dtype=np.float64).mean(axis=0))
+
+def weight_groups(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
+    """Return the layers, those that share one weight together: their gradients add up, as that weight's do.
+
+    Layers that read one tensor as different matrices (one of them transposed, say) are apart.
+    """
+    groups: dict[tuple[object, ...], list[LinearLayer]] = {}
+    for layer in layers:
+        node = layer.node
+        reading = (node.op_type, node.attributes.get_int("transB", 0), node.attributes.get_float("alpha", 1.0))
+        groups.setdefault((str(layer.weight_value.name), layer.K, layer.N, *reading), []).append(layer)
+    return list(groups.values())
 
 
 def collect_block_gradients(
@@ -53,103 +63,206 @@ def collect_block_gradients(
     *,
     block: tuple[int, int],
     batch_size: int,
-    scratch: Path,
+    folder: Path,
+    samples: range | None = None,
+    fixed_batch: bool = False,
+    layouts: Mapping[str, Layout] | None = None,
     device: str = "cpu",
-) -> dict[str, BlockGradients]:
+    show_progress: bool = True,
+) -> GradientFiles:
     """Run every sample forward and backward once and gather A and the Taylor scores of all layers.
 
-    Memory holds one batch's per-sample weight gradients of one layer at a time; A goes to files in `scratch`.
+    Memory holds one batch's activations and a few MB of one layer's per-sample weight gradients; A goes to `folder`.
+    A pass that was interrupted goes on where its folder was last saved.
 
     Args:
-        module: the model in torch.
+        module: the model in torch; its parameters no longer require gradients afterwards.
         layers: the linear layers to look at.
-        dataset: calibration data; every sample is used.
+        dataset: calibration data.
         objective: what is differentiated.
         block: (block_k, block_n) on W [K, N]; ragged edges form smaller blocks.
         batch_size: samples a pass.
-        scratch: folder for the memory maps.
+        folder: for the results of this pass alone.
+        samples: which of the dataset; every one if None.
+        fixed_batch: whether the model takes `batch_size` samples and no fewer; a smaller batch is filled up.
+        layouts: how the rows of a layer hold the samples; one after the other where it is not said.
         device: torch device.
+        show_progress: whether the user is shown how far it is.
 
     Returns:
-        By layer name.
+        The files, complete; one tensor for each of `weight_groups(layers)`.
+
+    Raises:
+        UserError: no layer influences the objective, a gradient is not finite, or the folder cannot be written to.
     """
-    collectors = {layer.name: _Collector(layer, block, len(dataset), scratch, device) for layer in layers}
+    samples = range(len(dataset)) if samples is None else samples
+    groups = weight_groups(layers)
+    files = GradientFiles(folder, len(samples), [block_count(group[0], block) for group in groups])
+    if files.complete:
+        return files
+    collectors = [_Collector(group, block, files, index, layouts or {}, device) for index, group in enumerate(groups)]
     module.requires_grad_(False)
     module.to(device)
-    done = 0
-    with console.progress("gradients", len(dataset)) as advance:
-        for feeds in dataset.batches(batch_size):
-            size = min(batch_size, len(dataset) - done)
-            for name, collector in collectors.items():
-                module.hooks_by_node[name] = collector.hook(done, size)
-            outputs = module({name: torch.from_numpy(value).to(device) for name, value in feeds.items()})
-            objective(outputs, np.arange(done, done + size)).backward()  # type: ignore[no-untyped-call]
-            done += size
-            advance(size)
-    module.hooks_by_node.clear()
-    return {name: collector.result() for name, collector in collectors.items()}
+    saved = time.monotonic()
+    try:
+        with console.progress("gradients", len(samples)) if show_progress else nullcontext(_ignore) as advance:
+            advance(files.done)
+            for start in range(files.done, len(samples), batch_size):
+                indices = np.asarray(samples[start : start + batch_size], np.int64)
+                for collector in collectors:
+                    collector.begin(module, len(indices), batch_size if fixed_batch else len(indices))
+                _run(module, _feeds(dataset, indices, batch_size if fixed_batch else 0, device), objective, indices)
+                for collector in collectors:
+                    collector.end()
+                advance(len(indices))
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    files.save(start + len(indices))
+                    saved = time.monotonic()
+        files.save(len(samples))
+    finally:
+        module.hooks_by_node = {}
+        files.close()
+    return files
+
+
+def block_gradients(
+    files: GradientFiles, layers: Sequence[LinearLayer], block: tuple[int, int]
+) -> dict[str, BlockGradients]:
+    """Return what a complete pass gathered, by layer name; layers that share a weight share it."""
+    result = {}
+    for index, group in enumerate(weight_groups(layers)):
+        weight = torch.from_numpy(group[0].weight())
+        entries = _block_sums(torch.ones_like(weight)[None], block).reshape(-1).numpy()
+        gathered = BlockGradients(
+            contributions=files.contributions(index),
+            taylor=files.taylor[index] / files.samples / entries,
+            square_norms=_block_sums(weight.double().square()[None], block).reshape(-1).numpy(),
+        )
+        result.update({layer.name: gathered for layer in group})
+    return {layer.name: result[layer.name] for layer in layers}
+
+
+def _ignore(count: int) -> None:
+    """Show no progress."""
+
+
+def _run(module: OnnxModule, feeds: dict[str, torch.Tensor], objective: Objective, indices: NDArray[np.int64]) -> None:
+    with torch.enable_grad():
+        outputs = module(feeds)
+        size = len(next(iter(feeds.values())))
+        # What fills up a fixed batch counts for nothing.
+        whole = {
+            name: value[: len(indices)] if value.dim() and len(value) == size else value
+            for name, value in outputs.items()
+        }
+        value = objective(whole, indices)
+        if not value.requires_grad:
+            raise UserError("no linear layer influences the outputs that the objective looks at; choose another one")
+        value.backward()  # type: ignore[no-untyped-call]
+
+
+def _feeds(dataset: Dataset, indices: NDArray[np.int64], fixed: int, device: str) -> dict[str, torch.Tensor]:
+    filled = np.concatenate([indices, np.full(max(0, fixed - len(indices)), indices[-1])])
+    return {name: torch.from_numpy(value).to(device) for name, value in dataset.feeds(filled).items()}
 
 
 class _Collector:
-    """Gathers one layer's contributions from its input and the gradient at its output."""
+    """Gathers the contributions of one weight from the inputs and output gradients of the layers that use it."""
 
-    def __init__(self, layer: LinearLayer, block: tuple[int, int], samples: int, scratch: Path, device: str) -> None:
-        self.layer = layer
+    def __init__(
+        self,
+        layers: list[LinearLayer],
+        block: tuple[int, int],
+        files: GradientFiles,
+        index: int,
+        layouts: Mapping[str, Layout],
+        device: str,
+    ) -> None:
+        self.layers = layers
         self.block = block
-        self.weight = torch.from_numpy(layer.weight()).to(device)
-        K, N = self.weight.shape
-        self.shape = (-(-K // block[0]), -(-N // block[1]))
-        blocks = self.shape[0] * self.shape[1]
-        file = scratch / f"{layer.name.strip('/').replace('/', '.')}.contributions"
-        self.contributions: NDArray[np.float32] = np.memmap(file, np.float32, "w+", shape=(samples, blocks))
-        self.taylor = torch.zeros(blocks, dtype=torch.float64, device=device)
+        self.files = files
+        self.index = index
+        self.layouts = layouts
+        self.weight = torch.from_numpy(layers[0].weight()).to(device)
+        self.chunk_bytes = _CHUNK_BYTES.get(torch.device(device).type, _CHUNK_BYTES["cuda"])
+        self.uses: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def hook(self, start: int, size: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Return the hook for a batch whose first sample is `start`."""
+    def begin(self, module: OnnxModule, count: int, size: int) -> None:
+        """Watch a batch of `count` samples that is filled up to `size`."""
+        self.count = count
+        self.done = False
+        self.uses = []
+        for layer in self.layers:
+            module.hooks_by_node[layer.name] = self._hook(layer, size)
 
+    def end(self) -> None:
+        """Add what has not been added: a layer that does not influence the objective gets no gradient."""
+        if self.done:
+            return
+        if self.uses:
+            self._add()
+            return
+        blocks = len(self.files.taylor[self.index])
+        self.files.append(self.index, np.zeros((self.count, blocks), np.float32), np.zeros(blocks))
+
+    def _hook(self, layer: LinearLayer, size: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         def watch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             if not y.requires_grad:
                 y = y.detach().requires_grad_()  # everything before the first layer needs no gradient
-            rows = x.detach()
-            y.register_hook(lambda gradient: self._add(start, size, rows, gradient))  # type: ignore[no-untyped-call]
+            inputs = x.detach()
+
+            def keep(gradient: torch.Tensor) -> None:
+                layout = self.layouts.get(layer.name, "samples first")
+                rows, gradients = sample_rows(layer, inputs, gradient, size, layout)
+                self.uses.append((rows[: self.count].to(self.weight), gradients[: self.count].to(self.weight)))
+                if len(self.uses) == len(self.layers):
+                    self._add()
+
+            y.register_hook(keep)  # type: ignore[no-untyped-call]
             return y
 
         return watch
 
-    def result(self) -> BlockGradients:
-        """Return what was gathered."""
-        entries = self._block_sums(torch.ones_like(self.weight)[None])[0].double()
-        samples = len(self.contributions)
-        return BlockGradients(
-            contributions=self.contributions,
-            taylor=(self.taylor / samples / entries).cpu().numpy(),
-            square_norms=self._block_sums(self.weight.double().square()[None])[0].cpu().numpy(),
+    @torch.no_grad()
+    def _add(self) -> None:
+        # Rows of all uses of the weight side by side: one product sums over tokens and uses.
+        rows, gradients = (
+            torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*self.uses, strict=True)
         )
-
-    def _add(self, start: int, size: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        rows, gradients = self._rows(x, gradient, size)
-        product = torch.bmm(rows.transpose(1, 2), gradients).mul_(self.weight)  # [samples, K, N]: W ∘ g_n
-        sums = self._block_sums(product)
-        self.contributions[start : start + size] = sums.cpu().numpy()
-        self.taylor += self._block_sums(product.abs_()).double().sum(dim=0)
-
-    def _rows(self, x: torch.Tensor, gradient: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return input and output gradient as [samples, tokens, K] and [samples, tokens, N]."""
-        if self.layer.node.op_type == "Conv":
-            kernel = tuple(self.layer.node.attributes.get_ints("kernel_shape"))
-            x = torch.nn.functional.unfold(x, kernel, stride=kernel).transpose(1, 2)
-            gradient = gradient.flatten(2).transpose(1, 2)
-        elif self.layer.node.op_type == "Gemm" and self.layer.node.attributes.get_int("transA", False):
-            x = x.T
         K, N = self.weight.shape
-        return x.reshape(size, -1, K).float(), gradient.reshape(size, -1, N).float()
+        samples = max(1, self.chunk_bytes // (4 * K * N))
+        height = max(1, self.chunk_bytes // (4 * N) // self.block[0]) * self.block[0]
+        contributions, absolute = [], []
+        for start in range(0, self.count, samples):
+            x, g = rows[start : start + samples].transpose(1, 2), gradients[start : start + samples]
+            parts, absolute_parts = [], []
+            for k in range(0, K, height):
+                product = torch.bmm(x[:, k : k + height], g).mul_(self.weight[k : k + height])  # W ∘ g_n
+                parts.append(_block_sums(product, self.block))
+                absolute_parts.append(_block_sums(product.abs_(), self.block).sum(dim=0))
+            contributions.append(torch.cat(parts, 1))
+            absolute.append(torch.cat(absolute_parts))
+        total = torch.stack(absolute).sum(dim=0)
+        if not bool(torch.isfinite(total).all()):
+            raise UserError(f"the gradient at {self.layers[0].name} is NaN or infinite; check the model and its inputs")
+        self.files.append(
+            self.index,
+            torch.cat(contributions).reshape(self.count, -1).float().cpu().numpy(),
+            total.reshape(-1).cpu().numpy(),
+        )
+        self.uses, self.done = [], True
 
-    def _block_sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum [samples, K, N] over blocks: [samples, blocks]; ragged edges are padded with zeros."""
-        samples, K, N = values.shape
-        block_k, block_n = self.block
-        pad_k, pad_n = self.shape[0] * block_k - K, self.shape[1] * block_n - N
-        if pad_k or pad_n:
-            values = torch.nn.functional.pad(values, (0, pad_n, 0, pad_k))
-        tiles = values.reshape(samples, self.shape[0], block_k, self.shape[1], block_n)
-        return tiles.sum(dim=(2, 4)).reshape(samples, -1)
+
+def _block_sums(values: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Sum [samples, K, N] over blocks: float64 [samples, ceil(K / block_k), ceil(N / block_n)].
+
+    Rows first: whole rows of N are added at once, and what is left to add is block_k times smaller.
+    """
+    samples, K, N = values.shape
+    block_k, block_n = block
+    whole = K // block_k * block_k
+    sums = values[:, :whole].reshape(samples, K // block_k, block_k, N).sum(dim=2)
+    if whole < K:
+        sums = torch.cat([sums, values[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+    sums = torch.nn.functional.pad(sums.double(), (0, -N % block_n))
+    return sums.reshape(samples, sums.shape[1], -(-N // block_n), block_n).sum(dim=3)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 __all__ = ["delta_curve", "lower_hull", "slopes", "smooth"]
 
-_CHUNK = 256  # samples at a time: the running sums of a chunk are all that is held
+_CHUNK = 1 << 22  # values of A at a time: the running sums of a chunk are all that is held
 
 
 def delta_curve(
@@ -21,6 +21,7 @@ def delta_curve(
     order: NDArray[np.integer],
     *,
     kappa: float,
+    first_order: bool = True,
 ) -> NDArray[np.float64]:
     """Return δ after removing the first j blocks of `order`, j = 0 .. blocks (Eq. 11, unsquared).
 
@@ -29,6 +30,7 @@ def delta_curve(
         square_norms: ‖W_b‖² [blocks].
         order: block indices, the first to go first.
         kappa: κ of the empirical Fisher.
+        first_order: whether the term g·ΔW is part of it; without it the curve is 0 or above everywhere.
 
     Returns:
         float64 [len(order) + 1], starting at 0.
@@ -36,12 +38,17 @@ def delta_curve(
     samples = len(contributions)
     first = np.zeros(len(order))
     second = np.zeros(len(order))
-    for start in range(0, samples, _CHUNK):
-        running = np.cumsum(np.asarray(contributions[start : start + _CHUNK], np.float64)[:, order], axis=1)
+    step = max(1, _CHUNK // max(1, len(order)))
+    for start in range(0, samples, step):
+        running = np.asarray(contributions[start : start + step])[:, order].astype(np.float64)
+        np.cumsum(running, axis=1, out=running)
         first += running.sum(axis=0)
-        second += np.square(running).sum(axis=0)
+        second += np.square(running, out=running).sum(axis=0)
     ridge = kappa * np.cumsum(np.asarray(square_norms, np.float64)[order])
-    return np.concatenate([[0.0], -first / samples + 0.5 * (ridge + second / samples)])
+    delta = 0.5 * (ridge + second / samples)
+    if first_order:
+        delta -= first / samples
+    return np.concatenate([[0.0], delta])
 
 
 def smooth(curve: NDArray[np.float64], factor: float = 0.9) -> NDArray[np.float64]:
