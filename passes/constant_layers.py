@@ -84,10 +84,13 @@ def _vector(node: ir.Node, vectors: dict[ir.Value, NDArray[np.float64]], shapes:
         axes = constant_ints(node.inputs[3]) if len(node.inputs) > 3 else None
         return vectors[data] if axes is not None and len(before) - 1 not in [i % len(before) for i in axes] else None
     if node.op_type == "Concat" and node.attributes.get_int("axis", 0) % len(after) != len(after) - 1:
-        parts = [vectors.get(value) for value in node.inputs if value is not None]
-        return parts[0] if all(part is not None and np.array_equal(part, parts[0]) for part in parts) else None
+        parts = [vectors[value] for value in node.inputs if value in vectors]
+        alike = len(parts) == len(node.inputs) and all(np.array_equal(part, parts[0]) for part in parts)
+        return parts[0] if alike else None
     if is_linear(node) and data in vectors:
         return _product(node, vectors[data], after[-1])
+    if node.op_type == "BatchNormalization" and data in vectors and len(after) == 2:
+        return _batch_normalization(node, vectors[data])
     if node.op_type in ELEMENTWISE:
         return _elementwise(node, vectors, after)
     return None
@@ -109,6 +112,15 @@ def _product(node: ir.Node, x: NDArray[np.float64] | None, width: int) -> NDArra
     if bias is None or bias.size not in (1, width):
         return None
     return np.asarray(product + bias.astype(np.float64).reshape(-1) * node.attributes.get_float("beta", 1.0))
+
+
+def _batch_normalization(node: ir.Node, x: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    arrays = [constant_array(value) for value in node.inputs[1:]]
+    scale, bias, mean, variance = (None if array is None else array.astype(np.float64) for array in arrays)
+    if scale is None or bias is None or mean is None or variance is None:
+        return None
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    return np.asarray((x - mean) / np.sqrt(variance + epsilon) * scale + bias)
 
 
 def _elementwise(

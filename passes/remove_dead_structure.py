@@ -167,6 +167,8 @@ class _Removal:
             except UntraceableError as error:
                 for node in value.consumers():
                     self._row_obstacles.setdefault(node, str(error))
+                for node in _layers_before(value):
+                    self._column_obstacles.setdefault(node, str(error))
                 continue
             if region.producers and region.consumers:
                 removed |= self._shrink(unit, region)
@@ -279,6 +281,23 @@ def _dead_units(
                 unread = unread | np.logical_and.reduce([empty[source] for source in read.sources])
         dead &= unread
     return dead, constants
+
+
+def _layers_before(value: ir.Value) -> list[ir.Node]:
+    """Return the linear layers whose outputs reach a value without passing another."""
+    found: dict[ir.Node, None] = {}
+    waiting, seen = [value], {value}
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None:
+            continue
+        if is_linear(node):
+            found[node] = None
+            continue
+        new = {operand for operand in node.inputs if operand is not None and operand not in seen}
+        seen |= new
+        waiting += new
+    return list(found)
 
 
 def _zero_parts(matrix: NDArray[np.float32], channels: Axis, *, columns: bool) -> NDArray[np.bool_]:

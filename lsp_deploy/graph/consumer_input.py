@@ -106,12 +106,24 @@ def _walk(region: Region, x: ir.Value) -> _Walk:
 
 
 def _constant(walk: _Walk, x: ir.Value, shapes: Shapes) -> NDArray[np.float64] | None:
-    zeros = {node.outputs[0]: np.zeros(shape_of(node.outputs[0], shapes), np.float32) for node in walk.producers}
-    result, *attended = _run(walk, zeros, [x, *walk.attended], shapes)
+    result, *attended = _run(walk, _at_rest(walk, shapes), [x, *walk.attended], shapes)
     if any(not _is_same_along(array, array.ndim - 2) for array in attended):
         return None
     rows = result.reshape(-1, result.shape[-1])
     return rows[0].astype(np.float64) if _is_same_along(rows, 0) else None
+
+
+def _at_rest(walk: _Walk, shapes: Shapes) -> dict[ir.Value, NDArray[np.float32]]:
+    """Return what producers give where their products are zero: a Gemm its bias."""
+    rest = {}
+    for node in walk.producers:
+        output = np.zeros(shape_of(node.outputs[0], shapes), np.float32)
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            bias = node.inputs[2].const_value
+            assert bias is not None  # as traced
+            output += np.float32(node.attributes.get_float("beta", 1.0)) * bias.numpy()
+        rest[node.outputs[0]] = output
+    return rest
 
 
 def _is_same_along(array: NDArray[Any], axis: int) -> bool:
@@ -129,7 +141,7 @@ def _sources(walk: _Walk, producer: ir.Node, region: Region, x: ir.Value, shapes
     if axis.outer == 1 or any(node.op_type in NONLINEAR for node in walk.nodes):
         return parts
     random = np.random.default_rng(0)
-    feeds = {node.outputs[0]: np.zeros(shape_of(node.outputs[0], shapes), np.float32) for node in walk.producers}
+    feeds = _at_rest(walk, shapes)
     (before,) = _run(walk, feeds, [x], shapes)
     reaching = []
     for part in range(axis.outer):

@@ -98,35 +98,28 @@ def trace_units(start: ir.Value, axis: Axis, shapes: Shapes) -> Region:
         UntraceableError: a node mixes units or is not known not to, a graph input or output is reached, or a layer
             shares its weight.
     """
-    region = Region(axis.count)
-    waiting: deque[ir.Value] = deque()
+    region = Region(axis.count, {start: axis})
+    waiting = deque([start])
 
     def assign(value: ir.Value, found: Axis, node: ir.Node) -> None:
         if is_constant_input(value):
-            for index, operand in enumerate(node.inputs):
-                if operand is value:
-                    region.constants[node, index] = found
-            return
-        known = region.axes.setdefault(value, found)
-        if known != found:
-            raise UntraceableError(f"{node.op_type} {node.name} joins different channels")
-        if value not in seen:
-            seen.add(value)
+            region.constants.update({(node, i): found for i, operand in enumerate(node.inputs) if operand is value})
+        elif value not in region.axes:
+            region.axes[value] = found
             waiting.append(value)
+        elif region.axes[value] != found:
+            raise UntraceableError(f"{node.op_type} {node.name} joins different channels")
 
-    seen = {start}
-    region.axes[start] = axis
-    waiting.append(start)
     while waiting:
         value = waiting.popleft()
         _check_inside(value)
         for node, position in _neighbours(value):
             if _is_layer_end(node, position, region.axes[value], shapes):
                 _add_layer(region, node, position)
-                for operand, found in _bias(node, position, region.axes[value], shapes):
-                    assign(operand, found, node)
-                continue
-            for other, found in _related(node, position, region.axes[value], shapes):
+                related = _bias(node, position, region.axes[value], shapes)
+            else:
+                related = _related(node, position, region.axes[value], shapes)
+            for other, found in related:
                 assign(other, found, node)
     return region
 
