@@ -76,6 +76,8 @@ def analyse_model(path: Path, request: SensitivityRequest, output: Path | None) 
         raise UserError(f"--kappa must be a number of 0 or more; got {request.kappa:g}")
     folder = _folder(output or Path(f"{path.stem}-sensitivity"))
 
+    # Threads that spin while they wait make a busy machine ten times slower; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lsp_deploy.sensitivity.processes import join_processes
 
     with join_processes() as team:
@@ -88,10 +90,10 @@ def sensitivity_table(result: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=f"δ ({result['objective']}, {result['samples']} samples): change of the objective that second-order "
-        f"terms estimate when the least important blocks go"
+        title=f"δ of {result['objective']} over {result['samples']} samples, estimated to second order, when the least "
+        "important blocks go"
     )
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold", min_width=24)
     for column in ("K × N", "blocks", *(f"δ at {percent} %" for percent in _SHOWN_PERCENT)):
         table.add_column(column, justify="right")
     for name, layer in result["layers"].items():
