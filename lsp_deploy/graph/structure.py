@@ -105,6 +105,22 @@ def unit_starts(graph: ir.Graph, shapes: Shapes) -> Iterator[tuple[Unit, ir.Valu
             yield "neuron", x, Axis(len(sizes) - 1, 1, sizes[-1], 1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Strips:
+    """Which strips of blocks of one layer, block rows or block columns, each unit is in."""
+
+    layer: LinearLayer
+    rows: bool
+    of_unit: Sequence[NDArray[np.int64]]
+
+    def blocks(self, units: Iterable[int], block: tuple[int, int]) -> NDArray[np.int64]:
+        """Return the indices of all blocks of the strips that `units` are in."""
+        down, across = -(-self.layer.K // block[0]), -(-self.layer.N // block[1])
+        strips = np.unique(np.concatenate([np.zeros(0, np.int64), *(self.of_unit[unit] for unit in units)]))
+        indices = np.arange(down * across).reshape(down, across)
+        return np.asarray((indices[strips] if self.rows else indices[:, strips]).reshape(-1), np.int64)
+
+
 def _groups(
     unit: Unit,
     region: Region,
@@ -112,53 +128,51 @@ def _groups(
     block: tuple[int, int],
     shapes: Shapes,
 ) -> list[StructureGroup]:
-    deciding: dict[str, list[list[NDArray[np.int64]]]] = {}
-    following: dict[str, list[list[NDArray[np.int64]]]] = {}
     sources = {part for node in region.consumers for part in consumer_input(region, node, shapes).sources}
-    for node in region.consumers:
-        found = _blocks_of_units(layers[node], region.axes[_x(node)], block, rows=True)
-        deciding.setdefault(layers[node].name, []).append(found)
+    deciding: list[_Strips] = []
+    following: list[_Strips] = []
     for node in region.producers:
         axis = region.axes[node.outputs[0]]
         for part in range(axis.outer):
-            found = _blocks_of_units(layers[node], axis, block, rows=False, part=part)
-            kind = deciding if (node, part) in sources else following
-            kind.setdefault(layers[node].name, []).append(found)
+            strips = _Strips(layers[node], False, _strips(axis, block[1], (part,)))
+            (deciding if (node, part) in sources else following).append(strips)
+    for node in region.consumers:
+        axis = region.axes[_x(node)]
+        deciding.append(_Strips(layers[node], True, _strips(axis, block[0], range(axis.outer))))
+    everyone = set(range(region.count))
     groups = []
-    for members in _together(region.count, [found for parts in deciding.values() for found in parts]):
+    for members in _together(region.count, [strips.of_unit for strips in deciding]):
         group = StructureGroup(unit, tuple(members))
-        for name, parts in deciding.items():
-            group.blocks[name] = _union(found[member] for found in parts for member in members)
-        for name, parts in following.items():
-            free = np.setdiff1d(
-                _union(found[member] for found in parts for member in members),
-                _union(found[member] for found in deciding.get(name, ()) for member in range(region.count)),
-            )
-            others = set(range(region.count)) - set(members)
-            group.free[name] = np.setdiff1d(free, _union(found[other] for found in parts for other in others))
+        for strips in deciding:
+            _add(group.blocks, strips.layer.name, strips.blocks(members, block))
+        for strips in following:
+            _add(group.free, strips.layer.name, strips.blocks(members, block))
+        for strips in (*following, *deciding):  # a block that holds something else too is not free
+            if strips.layer.name in group.free:
+                others = everyone if strips in deciding else everyone - set(members)
+                taken = strips.blocks(others, block)
+                group.free[strips.layer.name] = np.setdiff1d(group.free[strips.layer.name], taken)
         groups.append(group)
     return groups
 
 
-def _blocks_of_units(
-    layer: LinearLayer, axis: Axis, block: tuple[int, int], *, rows: bool, part: int | None = None
-) -> list[NDArray[np.int64]]:
-    """Return the indices of the blocks that hold any row (or column, of one outer part) of each unit."""
-    block_k, block_n = block
-    down, across = -(-layer.K // block_k), -(-layer.N // block_n)
-    parts = range(axis.outer) if part is None else (part,)
-    indices = np.arange(down * across).reshape(down, across)
+def _add(blocks: dict[str, NDArray[np.int64]], name: str, more: NDArray[np.int64]) -> None:
+    blocks[name] = np.union1d(blocks.get(name, np.zeros(0, np.int64)), more)
+
+
+def _strips(axis: Axis, size: int, parts: Iterable[int]) -> list[NDArray[np.int64]]:
+    """Return the strips, `size` channels each, that hold channels of each unit in some outer parts of an axis."""
     found = []
     for unit in range(axis.count):
-        starts = np.array([outer * axis.step + unit * axis.inner for outer in parts])
-        entries = (starts[:, None] + np.arange(axis.inner)).reshape(-1)
-        touched = np.unique(entries // (block_k if rows else block_n))
-        found.append(np.asarray((indices[touched] if rows else indices[:, touched]).reshape(-1), np.int64))
+        starts = [part * axis.step + unit * axis.inner for part in parts]
+        found.append(
+            np.concatenate([np.arange(start // size, (start + axis.inner - 1) // size + 1) for start in starts])
+        )
     return found
 
 
-def _together(count: int, blocks: Sequence[Sequence[NDArray[np.int64]]]) -> list[list[int]]:
-    """Return the units in groups, such that those that share a block of any layer are in one."""
+def _together(count: int, strips: Sequence[Sequence[NDArray[np.int64]]]) -> list[list[int]]:
+    """Return the units in groups, such that those that share a strip of any layer are in one."""
     leader = list(range(count))
 
     def find(unit: int) -> int:
@@ -166,7 +180,7 @@ def _together(count: int, blocks: Sequence[Sequence[NDArray[np.int64]]]) -> list
             unit = leader[unit]
         return unit
 
-    for of_layer in blocks:
+    for of_layer in strips:
         owner: dict[int, int] = {}
         for unit, found in enumerate(of_layer):
             for index in found.tolist():
@@ -176,10 +190,6 @@ def _together(count: int, blocks: Sequence[Sequence[NDArray[np.int64]]]) -> list
     for unit in range(count):
         groups.setdefault(find(unit), []).append(unit)
     return list(groups.values())
-
-
-def _union(arrays: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *arrays]))
 
 
 def _x(node: ir.Node) -> ir.Value:
