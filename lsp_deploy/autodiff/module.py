@@ -122,7 +122,7 @@ class OnnxModule(torch.nn.Module):
             ) from error
         outputs = [result] if isinstance(result, torch.Tensor) else list(result)
         hook = self.hooks_by_node.get(step.name)
-        if hook is not None and inputs[0] is not None:
+        if hook is not None and inputs and inputs[0] is not None:
             outputs[0] = hook(inputs[0], outputs[0])
         return outputs
 

@@ -8,11 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lsp_deploy.allocation.masks import block_sums
-from lsp_deploy.data import open_dataset
 from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
 from lsp_deploy.errors import UserError
-from lsp_deploy.linear_layers import linear_layers
 from lsp_deploy.model import load_model, resolve_shapes
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -20,7 +17,6 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from exports import FAMILIES, export_family, export_huggingface_vit  # noqa: E402
 
 from lsp_deploy.autodiff.module import OnnxModule  # noqa: E402
-from lsp_deploy.sensitivity.block_gradients import collect_block_gradients  # noqa: E402
 
 DIGITS = Path(__file__).parents[2] / "lsp_deploy" / "assets" / "digits_vit.onnx"
 
@@ -69,41 +65,3 @@ def test_an_operator_without_implementation_is_named_with_its_node() -> None:
     graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 17, "somewhere": 1}, name="g")
     with pytest.raises(UserError, match=r"somewhere::Einstein \(node the_node\)"):
         OnnxModule(ir.Model(graph, ir_version=9))
-
-
-def cross_entropy(outputs, indices):
-    logits = outputs["logits"]
-    return torch.nn.functional.cross_entropy(logits, logits.detach().argmax(1), reduction="sum")
-
-
-@pytest.mark.parametrize("block", [(16, 16), (32, 64), (48, 20)])
-def test_block_contributions_equal_gradients_of_single_samples(block: tuple[int, int], tmp_path: Path) -> None:
-    model = load_model(DIGITS)
-    layers = linear_layers(model)
-    shapes = resolve_shapes(model, None, batch=1)
-    dataset = open_dataset(
-        "random", shapes=shapes, dtypes={name: np.dtype(np.float32) for name in shapes}, preprocess=None, samples=5
-    )
-    module = OnnxModule(model)
-    gathered = collect_block_gradients(
-        module, layers, dataset, cross_entropy, block=block, batch_size=2, scratch=tmp_path
-    )
-    module.requires_grad_(True)
-    taylor = {layer.name: 0.0 for layer in layers}
-    for index in range(len(dataset)):
-        module.zero_grad()
-        feeds = {name: torch.from_numpy(value) for name, value in dataset.feeds([index]).items()}
-        cross_entropy(module(feeds), None).backward()
-        for layer in layers:
-            product = (module.weights[layer.weight_root].grad * module.weights[layer.weight_root]).detach().numpy()
-            if layer.node.op_type != "MatMul":
-                product = product.reshape(layer.N, layer.K).T
-            expected = block_sums(product, block).reshape(-1)
-            found = gathered[layer.name].contributions[index]
-            np.testing.assert_allclose(found, expected, atol=2e-5 * max(np.abs(expected).max(), 1e-3))
-            sizes = block_sums(np.ones_like(product), block).reshape(-1)
-            taylor[layer.name] += block_sums(np.abs(product), block).reshape(-1) / sizes / len(dataset)
-    for layer in layers:
-        np.testing.assert_allclose(gathered[layer.name].taylor, taylor[layer.name], rtol=1e-3, atol=1e-9)
-        norms = block_sums(np.square(layer.weight()), block).reshape(-1)
-        np.testing.assert_allclose(gathered[layer.name].square_norms, norms, rtol=1e-5)
