@@ -131,6 +131,21 @@ def export_clip(*, exporter: str = "torchscript", opset: int = 17) -> Path:
     return export_module("clip", {}, _seeded(build), example, names, ["logits_per_image"], exporter, opset)
 
 
+def export_segmentation_vit(*, exporter: str = "torchscript", opset: int = 17, classes: int = 6) -> Path:
+    """Export a small SETR: a timm ViT whose tokens give classes for every pixel, [batch, classes, 64, 64]."""
+    name = "vit_tiny_patch16_224"
+
+    def build() -> Any:
+        from torch_models import SegmentationViT
+
+        return SegmentationViT(create_timm(name, depth=2, image_size=64, num_classes=0), classes)
+
+    names = ["pixel_values"], ["logits"]
+    return export_module(
+        "segmentation_vit", {"classes": classes}, _seeded(build), _zeros((2, 3, 64, 64)), *names, exporter, opset
+    )
+
+
 def export_module(
     name: str,
     key: dict[str, Any],

@@ -114,3 +114,22 @@ class Clip(nn.Module):
         image = image / image.norm(dim=-1, keepdim=True)
         text = text / text.norm(dim=-1, keepdim=True)
         return self.logit_scale.exp() * image @ text.t()
+
+
+class SegmentationViT(nn.Module):
+    """A plain decoder on a timm ViT, as in SETR: no class token, tokens on a grid, convolutions, upsampling."""
+
+    def __init__(self, vit: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.vit = vit
+        width = vit.embed_dim
+        self.decoder = nn.Sequential(
+            nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, classes, 1)
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        tokens = self.vit.forward_features(pixel_values)[:, self.vit.num_prefix_tokens :]
+        height, width = self.vit.patch_embed.grid_size
+        grid = tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
+        size = tuple(pixel_values.shape[2:])
+        return nn.functional.interpolate(self.decoder(grid), size=size, mode="bilinear", align_corners=False)
