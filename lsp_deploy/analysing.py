@@ -160,10 +160,10 @@ def _write(
     data: str,
     identity: str,
 ) -> dict[str, Any]:
-    arrays = {f"{name}.order": layer.order for name, layer in result.layers.items()}
+    arrays: dict[str, Any] = {f"{name}.order": layer.order for name, layer in result.layers.items()}
     arrays |= {f"{name}.delta": layer.delta for name, layer in result.layers.items()}
     content = io.BytesIO()
-    np.savez(content, **arrays)  # type: ignore[arg-type]
+    np.savez(content, **arrays)
     description = {
         "format": 1,
         "model": path.name,
