@@ -14,6 +14,7 @@ from lsp_deploy import console
 from lsp_deploy.autodiff.module import OnnxModule
 from lsp_deploy.errors import UserError
 from lsp_deploy.sensitivity.block_gradients import weight_groups
+from lsp_deploy.sensitivity.feeds import tensor_feeds
 from lsp_deploy.sensitivity.objectives import make_objective
 from lsp_deploy.steps.evaluation import class_output
 
@@ -79,8 +80,8 @@ def measure_additivity(
     """
     module = OnnxModule(model).to(device)
     batches = [
-        {name: torch.from_numpy(value).to(device) for name, value in feeds.items()}
-        for feeds in dataset.batches(batch_size)
+        tensor_feeds(dataset, range(start, min(start + batch_size, len(dataset))), device)
+        for start in range(0, len(dataset), batch_size)
     ]
     dense = [module(feeds) for feeds in batches]
     objective = _objective(model, sensitivity.objective, dense, dataset.labels)

@@ -16,6 +16,7 @@ from lsp_deploy.autodiff.module import OnnxModule
 from lsp_deploy.errors import UserError
 from lsp_deploy.model import input_shapes
 from lsp_deploy.sensitivity.block_gradients import block_count, block_gradients, collect_block_gradients, weight_groups
+from lsp_deploy.sensitivity.feeds import tensor_feeds
 from lsp_deploy.sensitivity.gradient_files import GradientFiles
 from lsp_deploy.sensitivity.layer_rows import Layout, find_layouts
 from lsp_deploy.sensitivity.objectives import default_objective, make_objective
@@ -150,7 +151,7 @@ def _plan_batches(
     if fixed == 1 or (fixed is None and (len(dataset) == 1 or asked == 1)):
         return 1, {}
     probe = np.arange(fixed or 2) % len(dataset)
-    feeds = {name: torch.from_numpy(value).to(device) for name, value in dataset.feeds(probe).items()}
+    feeds = tensor_feeds(dataset, probe, device)
     layouts = find_layouts(module, layers, feeds)
     mixed = [name for name, layout in layouts.items() if layout == "mixed"]
     if mixed and fixed is not None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lsp_deploy import console
 from lsp_deploy.errors import UserError
+from lsp_deploy.sensitivity.feeds import tensor_feeds
 from lsp_deploy.sensitivity.gradient_files import GradientFiles
 from lsp_deploy.sensitivity.layer_rows import Layout, sample_rows
 from lsp_deploy.sensitivity.results import BlockGradients
@@ -163,7 +164,7 @@ def _run(module: OnnxModule, feeds: dict[str, torch.Tensor], objective: Objectiv
 
 def _feeds(dataset: Dataset, indices: NDArray[np.int64], fixed: int, device: str) -> dict[str, torch.Tensor]:
     filled = np.concatenate([indices, np.full(max(0, fixed - len(indices)), indices[-1])])
-    return {name: torch.from_numpy(value).to(device) for name, value in dataset.feeds(filled).items()}
+    return tensor_feeds(dataset, filled, device)
 
 
 class _Collector:

@@ -216,6 +216,14 @@ def test_a_ragged_head_of_1000_classes(run, tmp_path: Path, monkeypatch) -> None
     assert description["objective"] == "top1"
 
 
+def test_a_16_bit_model_is_analysed_in_float32(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = export_timm("vit_tiny_patch16_224", depth=1, image_size=64, dtype="fp16")
+    result = run("sensitivity", model, *ONE_THREAD, "--calibration-data", "random", "--samples", 3, "-o", "out")
+    assert result.code == 0, result.err
+    assert all(np.isfinite(array).all() for array in result_of("out")[1].values())
+
+
 def write_dense_model(path: Path) -> None:
     """Two inputs; a class map [batch, classes, height, width] and token features [batch, tokens, channels]."""
     random = np.random.default_rng(0)
