@@ -217,4 +217,6 @@ def _gather(
     if whole is not None:
         whole.save(samples)
         whole.close()
+    team.agree(True)  # all of it is safe by then
+    own.remove()
     return whole

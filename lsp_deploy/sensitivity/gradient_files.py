@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,6 +97,11 @@ class GradientFiles:
         for file in self._open:
             file.close()
         self._open = []
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        self.close()
+        shutil.rmtree(self.folder)
 
     def contributions(self, tensor: int) -> NDArray[np.float32]:
         """Return A [samples, blocks] of one tensor, mapped from disk."""

@@ -162,6 +162,8 @@ def test_processes_of_torchrun_give_the_same_curves(run, bare: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert "blocks" in printed[0]
     assert not printed[1]
+    (cached,) = Path("two", ".cache").iterdir()
+    assert [part.name for part in cached.iterdir()] == ["0-50"]
     (one, arrays), (two, others) = result_of("one"), result_of("two")
     assert two["kappa"] == pytest.approx(one["kappa"], rel=1e-12)
     for name, array in arrays.items():
