@@ -79,6 +79,8 @@ def analyse(
     """
     team = team or Team()
     name = objective or default_objective(model, dataset.labels)
+    if objective is None and dataset.labels is not None and name != "loss" and team.leads:
+        console.warn(f"labels are not used: the model has no class scores [batch, classes]; the objective is {name}")
     differentiated = make_objective(name, model, dataset.labels, seed=seed)
     drawn = seed if name in ("pseudo", "output") else None
     folder = cache / _key(model_sha256, dataset.identity, block, name, drawn, [layer.name for layer in layers])

@@ -257,11 +257,14 @@ def test_a_dense_model_with_several_inputs_and_outputs(run, tmp_path: Path, monk
     write_dense_model(Path("dense.onnx"))
     random = np.random.default_rng(1)
     np.savez("data.npz", tokens=random.standard_normal((9, 16, 12)), extra=random.standard_normal((9, 16, 3)))
-    arguments = ("--calibration-data", "data.npz", "--block", "4x3", "-o", "out")
+    np.savez("labelled.npz", **np.load("data.npz"), labels=np.arange(9))
+    data = "data.npz" if objective else "labelled.npz"
+    arguments = ("--calibration-data", data, "--block", "4x3", "-o", "out")
     chosen = () if objective is None else ("--objective", objective)
     result = run("sensitivity", "dense.onnx", *ONE_THREAD, *arguments, *chosen)
     assert result.code == 0, result.err
     description, arrays = result_of("out")
     assert description["objective"] == (objective or "output")
+    assert ("labels are not used" in result.err) == (objective is None)
     assert {name.rpartition(".")[0] for name in arrays} == {"MatMul_0", "MatMul_2"}
     assert arrays["MatMul_2.delta"][-1] != 0

@@ -151,7 +151,7 @@ def test_no_device_is_mixed(family: str) -> None:
 def test_equals_the_cpu_on_cuda(family: str) -> None:
     model = load_model(export_family(family))
     feeds = feeds_of(model, batch=2)
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         expected = OnnxModule(model)(feeds)
         found = OnnxModule(model).cuda()({name: value.cuda() for name, value in feeds.items()})
     for name, value in expected.items():
