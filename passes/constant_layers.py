@@ -25,12 +25,14 @@ def replace_zero_layer(graph: ir.Graph, layer: ir.Node, shapes: Shapes) -> str |
 
     Args:
         graph: of the layer.
-        layer: MatMul or Gemm whose weight is zero.
+        layer: linear node whose weight is zero; a Conv is left alone.
         shapes: of all values of the graph.
 
     Returns:
         Why nothing was replaced; None if it was.
     """
+    if layer.op_type == "Conv":
+        return "what follows from a convolution is left as it is"
     y = layer.outputs[0]
     width = shape_of(y, shapes)[-1]
     zero_product = _product(layer, None, width)
@@ -87,7 +89,7 @@ def _vector(node: ir.Node, vectors: dict[ir.Value, NDArray[np.float64]], shapes:
         parts = [vectors[value] for value in node.inputs if value in vectors]
         alike = len(parts) == len(node.inputs) and all(np.array_equal(part, parts[0]) for part in parts)
         return parts[0] if alike else None
-    if is_linear(node) and data in vectors:
+    if is_linear(node) and node.op_type != "Conv" and data in vectors:
         return _product(node, vectors[data], after[-1])
     if node.op_type == "BatchNormalization" and data in vectors and len(after) == 2:
         return _batch_normalization(node, vectors[data])

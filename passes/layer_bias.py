@@ -15,7 +15,7 @@ __all__ = ["add_to_bias"]
 
 
 def add_to_bias(graph: ir.Graph, node: ir.Node, correction: NDArray[Any]) -> ir.Value:
-    """Add `correction` [N] to what a MatMul or Gemm gives: to its bias, or by an Add of its own behind it.
+    """Add `correction` [N] to what a MatMul, Gemm or Conv gives: to its bias, or by an Add of its own behind it.
 
     A bias that other nodes read too stays as it is for them; a graph output keeps its name.
 
@@ -35,6 +35,10 @@ def add_to_bias(graph: ir.Graph, node: ir.Node, correction: NDArray[Any]) -> ir.
     y = node.outputs[0]
     assert y.dtype is not None
     own = add_initializer(graph, f"{node.name}/folded_bias", correction.astype(y.dtype.numpy()))
+    if node.op_type == "Conv":  # its channels are not the last axis, and it takes a bias itself
+        node.resize_inputs(3)
+        node.replace_input_with(2, own)
+        return y
     add = ir.Node("", "Add", [y, own], name=f"{node.name}/Add")
     result = add.outputs[0]
     result.name, result.shape, result.type = f"{y.name}/with_bias", y.shape, y.type

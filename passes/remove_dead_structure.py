@@ -12,7 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lsp_deploy.graph.consumer_input import ConsumerInput, consumer_input
 from lsp_deploy.graph.structure import Unit, graph_shapes, unit_starts
-from lsp_deploy.graph.unit_axis import Axis, Region, UntraceableError, is_linear, trace_units
+from lsp_deploy.graph.unit_axis import Axis, Region, UntraceableError, channel_axis, is_linear, trace_units
 from lsp_deploy.passes.constant_layers import replace_zero_layer
 from lsp_deploy.passes.drop_units import drop_units
 from lsp_deploy.passes.infer_shapes import InferShapesPass
@@ -250,10 +250,10 @@ class _Removal:
 
     def _obstacle_behind(self, node: ir.Node) -> str:
         y = node.outputs[0]
-        width = self._shapes[str(y.name)][-1]
-        rank = len(self._shapes[str(y.name)])
+        sizes = self._shapes[str(y.name)]
+        index = channel_axis(node, len(sizes))
         try:
-            trace_units(y, Axis(rank - 1, 1, width, 1), self._shapes)
+            trace_units(y, Axis(index, 1, sizes[index], 1), self._shapes)
         except UntraceableError as error:
             return str(error)
         return "no whole unit is dead"
@@ -316,5 +316,5 @@ def _matrix(node: ir.Node) -> NDArray[np.float32]:
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None  # is_linear sees to it
     array = weight.const_value.numpy()
-    matrix = array.reshape(array.shape[-2:])
+    matrix = array.reshape(array.shape[:2] if node.op_type == "Conv" else array.shape[-2:])
     return matrix.T if output_axis(node, array.ndim) == 0 else matrix

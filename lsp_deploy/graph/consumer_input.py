@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,22 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lsp_deploy.graph.dataflow import NONLINEAR
-from lsp_deploy.graph.unit_axis import Region, Shapes, UntraceableError, is_constant_input, shape_of
+from lsp_deploy.graph.constants import operators
+from lsp_deploy.graph.unit_axis import (
+    SAME_ORDER,
+    Region,
+    Shapes,
+    UntraceableError,
+    channel_axis,
+    is_constant_input,
+    shape_of,
+)
 
 __all__ = ["ConsumerInput", "attention_values", "consumer_input"]
+
+_POLYNOMIAL = SAME_ORDER | operators(
+    "Add BatchNormalization Concat Div Gather MatMul Mul Neg Slice Split Sub Transpose"
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +52,11 @@ def consumer_input(region: Region, consumer: ir.Node, shapes: Shapes) -> Consume
         consumer: one of its consumers.
         shapes: of all values of the graph.
     """
-    x = consumer.inputs[0]
-    assert x is not None
+    x, graph = consumer.inputs[0], consumer.graph
+    assert x is not None and graph is not None
     try:
-        walk = _walk(region, x)
-        constant = _constant(walk, x, shapes)
+        walk = _walk(region, x, graph)
+        constant = _constant(walk, x, channel_axis(consumer, len(shape_of(x, shapes))), shapes)
         sources = frozenset(source for node in walk.producers for source in _sources(walk, node, region, x, shapes))
     except UntraceableError as error:
         return ConsumerInput(frozenset(), obstacle=str(error))
@@ -75,7 +87,7 @@ class _Walk:
     """The v of each attention."""
 
 
-def _walk(region: Region, x: ir.Value) -> _Walk:
+def _walk(region: Region, x: ir.Value, graph: Iterable[ir.Node]) -> _Walk:
     nodes: set[ir.Node] = set()
     walk = _Walk([], [], [], [])
     waiting, seen = [x], {x}
@@ -99,29 +111,28 @@ def _walk(region: Region, x: ir.Value) -> _Walk:
             if operand is not None and operand not in seen and not is_constant_input(operand):
                 seen.add(operand)
                 waiting.append(operand)
-    graph = x.producer().graph if (x.producer()) is not None else None  # type: ignore[union-attr]
-    assert graph is not None
     walk.nodes = [node for node in graph if node in nodes]
     return walk
 
 
-def _constant(walk: _Walk, x: ir.Value, shapes: Shapes) -> NDArray[np.float64] | None:
+def _constant(walk: _Walk, x: ir.Value, channels: int, shapes: Shapes) -> NDArray[np.float64] | None:
     result, *attended = _run(walk, _at_rest(walk, shapes), [x, *walk.attended], shapes)
     if any(not _is_same_along(array, array.ndim - 2) for array in attended):
         return None
-    rows = result.reshape(-1, result.shape[-1])
+    rows = np.moveaxis(result, channels, -1).reshape(-1, result.shape[channels])
     return rows[0].astype(np.float64) if _is_same_along(rows, 0) else None
 
 
 def _at_rest(walk: _Walk, shapes: Shapes) -> dict[ir.Value, NDArray[np.float32]]:
-    """Return what producers give where their products are zero: a Gemm its bias."""
+    """Return what producers give where their products are zero: a Gemm or Conv its bias."""
     rest = {}
     for node in walk.producers:
         output = np.zeros(shape_of(node.outputs[0], shapes), np.float32)
-        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-            bias = node.inputs[2].const_value
-            assert bias is not None  # as traced
-            output += np.float32(node.attributes.get_float("beta", 1.0)) * bias.numpy()
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            tensor = node.inputs[2].const_value
+            assert tensor is not None  # as traced
+            bias = tensor.numpy() * np.float32(node.attributes.get_float("beta", 1.0))
+            output += bias.reshape(-1, *[1] * (output.ndim - 2)) if node.op_type == "Conv" else bias
         rest[node.outputs[0]] = output
     return rest
 
@@ -134,11 +145,12 @@ def _is_same_along(array: NDArray[Any], axis: int) -> bool:
 def _sources(walk: _Walk, producer: ir.Node, region: Region, x: ir.Value, shapes: Shapes) -> list[tuple[ir.Node, int]]:
     """Return the outer parts of a producer's columns that reach x.
 
-    Without nonlinear nodes in between x is a polynomial of them: one random value shows whether it depends on them.
+    Through nodes that move, add and multiply x is a polynomial of them: a random value shows whether it depends on
+    them.
     """
     axis = region.axes[producer.outputs[0]]
     parts = [(producer, part) for part in range(axis.outer)]
-    if axis.outer == 1 or any(node.op_type in NONLINEAR for node in walk.nodes):
+    if axis.outer == 1 or any(node.op_type not in _POLYNOMIAL for node in walk.nodes):
         return parts
     random = np.random.default_rng(0)
     feeds = _at_rest(walk, shapes)
@@ -146,7 +158,7 @@ def _sources(walk: _Walk, producer: ir.Node, region: Region, x: ir.Value, shapes
     reaching = []
     for part in range(axis.outer):
         moved = feeds[producer.outputs[0]].copy()
-        columns = moved[..., part * axis.step : (part + 1) * axis.step]
+        columns = np.moveaxis(moved, axis.index, -1)[..., part * axis.step : (part + 1) * axis.step]
         columns[...] = random.standard_normal(columns.shape)
         (after,) = _run(walk, {**feeds, producer.outputs[0]: moved}, [x], shapes)
         if not np.array_equal(before, after):
@@ -166,9 +178,8 @@ def _run(
         arrays[str(value.name)] = first
     if any(value.dtype != ir.DataType.FLOAT for value in (*feeds, *walk.probabilities, *results)):
         raise UntraceableError("the model does not compute in float32 here")
-    names = list(dict.fromkeys(str(value.name) for value in results))
-    given = [name for name in names if name in arrays]  # v may be a producer's output itself
-    computed = [name for name in names if name not in arrays]
+    # v may be what a producer gives.
+    computed = list({str(value.name): None for value in results if str(value.name) not in arrays})
     if computed:
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -178,7 +189,6 @@ def _run(
         read = {value.name for value in session.get_inputs()}
         outputs = session.run(computed, {name: array for name, array in arrays.items() if name in read})
         arrays.update(zip(computed, outputs, strict=True))
-    assert set(given) <= arrays.keys()
     return [arrays[str(value.name)] for value in results]
 
 
@@ -199,7 +209,6 @@ def _model(walk: _Walk, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[st
         [helper.make_tensor_value_info(name, kind, None) for name in outputs],
         list(constants.values()),
     )
-    opset = 17
-    for node in walk.nodes:
-        opset = node.graph.opset_imports.get("", opset) if node.graph is not None else opset
+    owner = walk.nodes[0].graph
+    opset = 17 if owner is None else owner.opset_imports.get("", 17)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)

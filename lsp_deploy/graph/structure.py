@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from lsp_deploy.graph.consumer_input import attention_values, consumer_input
 from lsp_deploy.graph.measured_shapes import measure_shapes
-from lsp_deploy.graph.unit_axis import Axis, Region, Shapes, UntraceableError, is_linear, shape_of, trace_units
+from lsp_deploy.graph.unit_axis import (
+    Axis,
+    Region,
+    Shapes,
+    UntraceableError,
+    channel_axis,
+    is_linear,
+    shape_of,
+    trace_units,
+)
 from lsp_deploy.linear_layers import LinearLayer
 from lsp_deploy.model import resolve_shapes
 
@@ -101,8 +110,9 @@ def unit_starts(graph: ir.Graph, shapes: Shapes) -> Iterator[tuple[Unit, ir.Valu
         x = node.inputs[0]
         assert x is not None  # is_linear sees to it
         sizes = shape_of(x, shapes)
-        if len(sizes) >= 2 and sizes[-1] > 1:
-            yield "neuron", x, Axis(len(sizes) - 1, 1, sizes[-1], 1)
+        index = channel_axis(node, len(sizes))
+        if len(sizes) >= 2 and sizes[index] > 1:
+            yield "neuron", x, Axis(index, 1, sizes[index], 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ __all__ = [
     "Region",
     "Shapes",
     "UntraceableError",
+    "channel_axis",
     "constant_ints",
     "is_constant_input",
     "is_linear",
@@ -125,14 +126,28 @@ def trace_units(start: ir.Value, axis: Axis, shapes: Shapes) -> Region:
 
 
 def is_linear(node: ir.Node) -> bool:
-    """Return whether a node is a MatMul or Gemm of an activation with a constant matrix [K, N] (or its transpose)."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain != "" or is_constant_input(node.inputs[0]):
+    """Return whether a node multiplies channels of an activation by a constant matrix: MatMul, Gemm, pointwise Conv."""
+    if node.op_type not in ("MatMul", "Gemm", "Conv") or node.domain != "" or is_constant_input(node.inputs[0]):
         return False
     weight = node.inputs[1]
     if weight is None or weight.const_value is None or not is_constant_input(weight):
         return False
     sizes = [int(size) for size in weight.const_value.shape.numpy()]
-    return len(sizes) >= 2 and all(size == 1 for size in sizes[:-2]) and not node.attributes.get_int("transA", 0)
+    attributes = node.attributes
+    if node.op_type == "Conv":
+        ones = [1] * (len(sizes) - 2)
+        return (
+            sizes[2:] == ones
+            and list(attributes.get_ints("strides", ones)) == ones
+            and attributes.get_int("group", 1) == 1
+            and not any(attributes.get_ints("pads", [0]))
+        )
+    return len(sizes) >= 2 and all(size == 1 for size in sizes[:-2]) and not attributes.get_int("transA", 0)
+
+
+def channel_axis(node: ir.Node, rank: int) -> int:
+    """Return the axis along which the input and output of a linear node, of `rank` axes, have their channels."""
+    return 1 if node.op_type == "Conv" else rank - 1
 
 
 def is_constant_input(value: ir.Value | None) -> bool:
@@ -181,7 +196,7 @@ def _check_inside(value: ir.Value) -> None:
 def _is_layer_end(node: ir.Node, position: int, axis: Axis, shapes: Shapes) -> bool:
     if not is_linear(node) or position not in (0, -1):
         return False
-    return axis.index == len(shape_of(_value(node, position), shapes)) - 1
+    return axis.index == channel_axis(node, len(shape_of(_value(node, position), shapes)))
 
 
 def _add_layer(region: Region, node: ir.Node, position: int) -> None:
@@ -194,7 +209,7 @@ def _add_layer(region: Region, node: ir.Node, position: int) -> None:
 
 
 def _bias(node: ir.Node, position: int, axis: Axis, shapes: Shapes) -> _Related:
-    """Yield a Gemm's bias, where it has an entry for each unit."""
+    """Yield the bias of a Gemm or Conv, where it has an entry for each unit."""
     if position == 0 or len(node.inputs) < 3 or node.inputs[2] is None:
         return
     bias = node.inputs[2]

@@ -92,6 +92,17 @@ def test_neurons_whose_columns_are_zero(activation: str) -> None:
     assert not found.kept
 
 
+def test_parts_that_a_maximum_hides_are_not_taken_for_dead() -> None:
+    """A random probe of Max(p, far) would see no dependence on p."""
+    text = (
+        "m = MatMul(x, w) h = Add(m, b) p, q = Split <axis = -1> (h, halves) t = Max(p, far) a = Mul(t, q)"
+        "n = MatMul(a, w2) y = Add(x, n)"
+    )
+    made = {"w": without(normal(8, 24), columns=range(12, 16)), "b": normal(24), "halves": np.array([12, 12])}
+    model = canonical(graph(text, weights={**made, "far": np.float32(50), "w2": normal(12, 8)}))
+    assert not removed(model).removed
+
+
 def test_neurons_that_nothing_reads() -> None:
     found = removed(mlp(w2=without(normal(12, 8), rows=range(4, 8))))
     assert shapes(found) == {"m": (8, 8), "n": (8, 8)}
@@ -133,6 +144,25 @@ def test_second_layer_without_bias_gets_one_and_the_output_keeps_its_name() -> N
     assert shapes(removed(model)) == {"m": (8, 11), "y": (11, 8)}
     assert operators(model)["Add"] == 2
     assert model.graph.outputs[0].name == "y"
+
+
+@pytest.mark.parametrize("biases", [", b1", ""])
+def test_pointwise_convolutions(biases: str) -> None:
+    text = f"h = Conv (x, w1{biases}) a = Sigmoid(h) n = Conv (a, w2{biases and ', b2'}) y = Add(x, n)"
+    w1, w2 = without(normal(8, 12), columns=[2, 3]), without(normal(12, 8), rows=[7])
+    made = weights(w1=w1.T.reshape(12, 8, 1, 1).copy(), w2=w2.T.reshape(8, 12, 1, 1).copy())
+    image = "float[2, 8, 3, 3]"
+    model = canonical(graph(text, x=f"{image} x", y=f"{image} y", weights=made))
+    assert shapes(removed(model)) == {"h": (8, 9), "n": (9, 8)}
+    assert operators(model) == {"Conv": 2, "Sigmoid": 1, "Add": 1}
+
+
+def test_convolution_that_pads_would_see_the_padding_and_stays() -> None:
+    text = "h = Conv (x, w1, b1) a = Sigmoid(h) n = Conv <pads = [1, 1, 1, 1]> (a, w2, b2) y = Relu(n)"
+    w1 = without(normal(8, 12), columns=[2, 3]).T.reshape(12, 8, 1, 1).copy()
+    made = weights(w1=w1, w2=normal(8, 12, 1, 1))
+    found = removed(canonical(graph(text, x="float[2, 8, 3, 3] x", y="float[2, 8, 5, 5] y", weights=made)))
+    assert not found.removed and "Conv n" in found.kept[0].reason
 
 
 def test_gated_neurons_need_both_columns_zero() -> None:

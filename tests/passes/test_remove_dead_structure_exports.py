@@ -174,6 +174,11 @@ def test_levit_whose_normalizations_are_over_the_batch() -> None:
     assert [layer.after for layer in found.removed] == [(128, 224), (224, 128), (0, 0), (0, 0)]
 
 
+def test_convnext_whose_layers_are_convolutions() -> None:
+    found = removed(prepared(export_family("convnext_atto"), dead_neurons))
+    assert [layer.after for layer in found.removed] == [(40, 112), (112, 40)]
+
+
 def test_heads_that_are_mixed_stay() -> None:
     def zero(layer: LinearLayer, weight: Any) -> bool:
         if layer.block == 0 and layer.role == "proj":
