@@ -7,8 +7,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lsp_deploy.errors import UserError
-from lsp_deploy.graph.layer_surroundings import find_bias
 from lsp_deploy.passes.insertion import insert_after
+from lsp_deploy.passes.layer_bias import add_to_bias
 from lsp_deploy.passes.layer_weights import add_initializer, layer_nodes, output_axis, stored, weight_value
 from lsp_deploy.plan import LayerPlan, Plan
 
@@ -49,7 +49,7 @@ class CenterActivationsPass(ir.passes.InPlacePass):
                     f"layers {first.name} and {layer.name} read the same tensor, but the plan gives it two offsets; "
                     "give both the same activation_offset"
                 )
-            _add_to_bias(model.graph, node, layer, _correction(node, layer, self.plan.weight_scales[layer.name]))
+            add_to_bias(model.graph, node, _correction(node, layer, self.plan.weight_scales[layer.name]))
             node.replace_input_with(0, shifted)
         return ir.passes.PassResult(model, modified=bool(layers))
 
@@ -75,29 +75,3 @@ def _correction(node: ir.Node, layer: LayerPlan, scale: NDArray[np.float32]) -> 
     axis = output_axis(node, held.ndim)
     sums = np.moveaxis(held, axis, 0).reshape(layer.N, layer.K).sum(axis=1, dtype=np.float64)
     return np.asarray(sums * layer.precision.activation_offset, np.float32)
-
-
-def _add_to_bias(graph: ir.Graph, node: ir.Node, layer: LayerPlan, correction: NDArray[np.float32]) -> None:
-    bias, bias_node = find_bias(node, layer.N)
-    if bias is not None and bias_node is not None and bias.const_value is not None:
-        beta = node.attributes.get_float("beta", 1.0) if bias_node is node else 1.0
-        array = bias.const_value.numpy()
-        corrected = add_initializer(
-            graph, f"{layer.name}/centered_bias", (array + correction / beta).astype(np.float32).reshape(array.shape)
-        )
-        for index, value in enumerate(bias_node.inputs):
-            if value is bias:
-                bias_node.replace_input_with(index, corrected)
-        return
-    value = add_initializer(graph, f"{layer.name}/centered_bias", correction)
-    if node.op_type == "Conv":  # its channels are not the last axis, and it takes a bias itself
-        node.resize_inputs(3)
-        node.replace_input_with(2, value)
-        return
-    y = node.outputs[0]
-    add = ir.Node("", "Add", [y, value], name=f"{layer.name}/Add")
-    result = add.outputs[0]
-    result.name, result.shape, result.type = f"{layer.name}/y_centered", y.shape, y.type
-    graph.insert_after(node, add)
-    ir.convenience.replace_all_uses_with(y, result, replace_graph_outputs=True)
-    add.replace_input_with(0, y)
