@@ -191,7 +191,7 @@ class _Step:
         self.name, self.op_type = str(node.name), node.op_type
         self.inputs = [None if value is None else str(value.name) for value in node.inputs]
         self.outputs = [str(value.name) for value in node.outputs]
-        self.attributes = {name: _attribute(attribute) for name, attribute in node.attributes.items()}
+        self.attributes = {name: _attribute(attribute, node) for name, attribute in node.attributes.items()}
         self.attributes["outputs"] = len(node.outputs)
         self.function = _function(node, self.attributes)
 
@@ -217,11 +217,13 @@ def _constant(attributes: Mapping[str, Any]) -> torch.Tensor:
     return torch.tensor(attributes["value_int"] if "value_int" in attributes else attributes["value_ints"])
 
 
-def _attribute(attribute: ir.Attr) -> Any:
+def _attribute(attribute: ir.Attr, node: ir.Node) -> Any:
     if attribute.type == ir.AttributeType.TENSOR:
         return _to_torch(attribute.as_tensor())
     if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-        raise UserError(f"control flow (attribute {attribute.name} holds a graph) cannot be differentiated")
+        raise UserError(
+            f"operator {node.op_type} (node {node.name}) runs a graph of its own and cannot be differentiated"
+        )
     value = attribute.value
     return list(value) if isinstance(value, tuple) else value
 

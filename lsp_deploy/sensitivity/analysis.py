@@ -18,7 +18,7 @@ from lsp_deploy.model import input_shapes
 from lsp_deploy.sensitivity.block_gradients import block_count, block_gradients, collect_block_gradients, weight_groups
 from lsp_deploy.sensitivity.feeds import tensor_feeds
 from lsp_deploy.sensitivity.gradient_files import GradientFiles
-from lsp_deploy.sensitivity.layer_rows import Layout, find_layouts
+from lsp_deploy.sensitivity.layer_rows import Layout, find_layouts, samples_are_separate
 from lsp_deploy.sensitivity.objectives import default_objective, make_objective
 from lsp_deploy.sensitivity.processes import Team
 from lsp_deploy.sensitivity.results import BlockGradients, LayerSensitivity, Sensitivity
@@ -155,14 +155,15 @@ def _plan_batches(
     probe = np.arange(fixed or 2) % len(dataset)
     feeds = tensor_feeds(dataset, probe, device)
     layouts = find_layouts(module, layers, feeds)
-    mixed = [name for name, layout in layouts.items() if layout == "mixed"]
+    mixed = [f"the rows of {name} cannot be told apart by sample" for name in layouts if layouts[name] == "mixed"]
+    if not samples_are_separate(module, feeds, fixed_batch=fixed is not None):
+        mixed.append("the model's outputs compare the samples of a batch")
     if mixed and fixed is not None:
         raise UserError(
-            f"the rows of {mixed[0]} cannot be told apart by sample, and the model takes {fixed} samples at a time; "
-            "export it with a dynamic batch or a batch of 1"
+            f"{mixed[0]}, and it takes {fixed} of them at a time; export it with a dynamic batch or a batch of 1"
         )
     if mixed:
-        console.warn(f"the rows of {mixed[0]} cannot be told apart by sample: samples are taken one at a time")
+        console.warn(f"{mixed[0]}: samples are taken one at a time")
         return 1, {}
     kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
     affordable = int(_ACTIVATION_BYTES[kind] * len(probe) / _activation_bytes(module, feeds))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lsp_deploy.autodiff.module import LayerHook, OnnxModule
     from lsp_deploy.linear_layers import LinearLayer
 
-__all__ = ["Layout", "find_layouts", "sample_rows"]
+__all__ = ["Layout", "find_layouts", "sample_rows", "samples_are_separate"]
 
 Layout = Literal["samples first", "samples inside", "mixed"]
 """How the rows [M, K] of a layer's input hold the samples: one after the other (row = sample · tokens + token), taking
@@ -58,14 +58,34 @@ def find_layouts(
         layers: the layers to look at; the module's hooks are replaced.
         feeds: a batch of at least two samples.
     """
-    first = {name: _other_first_sample(value) for name, value in feeds.items()}
-    before, after = _inputs(module, layers, feeds), _inputs(module, layers, first)
+    before, after = _inputs(module, layers, feeds), _inputs(module, layers, _other_first_sample(feeds))
     samples = len(next(iter(feeds.values())))
     return {name: _layout(before[name], after[name], samples) for name in before}
 
 
+@torch.no_grad()
+def samples_are_separate(module: OnnxModule, feeds: Mapping[str, torch.Tensor], *, fixed_batch: bool) -> bool:
+    """Return, by experiment, whether what the model says of a sample depends on that sample alone.
+
+    It does not where samples of a batch are compared with each other, as CLIP compares images with texts.
+
+    Args:
+        module: the model.
+        feeds: a batch of at least two samples.
+        fixed_batch: whether the model takes no other number of them.
+    """
+    before, after = module(feeds), module(_other_first_sample(feeds))
+    alone = before if fixed_batch else module({name: value[:1] for name, value in feeds.items()})
+    samples = len(next(iter(feeds.values())))
+    return all(
+        value.shape == (samples, *alone[name].shape[1:]) and not _changed(value[1:], after[name][1:]).any()
+        for name, value in before.items()
+        if value.is_floating_point()
+    )
+
+
 def _layout(before: torch.Tensor, after: torch.Tensor, samples: int) -> Layout:
-    changed = (before - after).abs().amax(dim=1) > _CHANGED * before.abs().max()
+    changed = _changed(before, after).any(dim=1)
     if len(changed) % samples:
         return "mixed"
     if not changed.reshape(samples, -1)[1:].any():
@@ -91,14 +111,21 @@ def _inputs(
     return found
 
 
-def _other_first_sample(value: torch.Tensor) -> torch.Tensor:
-    changed = value.clone()
-    if value.is_floating_point():
-        noise = np.random.default_rng(0).standard_normal(tuple(value.shape[1:]))
-        changed[0] += torch.from_numpy(noise).to(value)
-    else:
-        changed[0] = value[1]
-    return changed
+def _changed(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    return (before - after).abs() > _CHANGED * before.abs().max()
+
+
+def _other_first_sample(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, value in feeds.items():
+        changed = value.clone()
+        if value.is_floating_point():
+            noise = np.random.default_rng(0).standard_normal(tuple(value.shape[1:]))
+            changed[0] += torch.from_numpy(noise).to(value)
+        else:
+            changed[0] = value[1]
+        result[name] = changed
+    return result
 
 
 def _rows(layer: LinearLayer, x: torch.Tensor) -> torch.Tensor:

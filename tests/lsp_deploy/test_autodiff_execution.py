@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from lsp_deploy.errors import UserError
 from lsp_deploy.model import load_model, resolve_shapes
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -131,6 +132,18 @@ def test_model_local_functions_are_inlined() -> None:
     )
     x = torch.randn(2, 3)
     torch.testing.assert_close(OnnxModule(ir.from_proto(proto))({"x": x})["y"], 2 * x)
+
+
+def test_control_flow_is_refused_by_name() -> None:
+    model = graph(
+        """y = If(c) <then_branch = t () => (float[1] a) { a = Neg(x) },
+                    else_branch = e () => (float[1] b) { b = Abs(x) }>""",
+        x="float[1] x, bool c",
+        y="float[1] y",
+    )
+    model.graph[0].name = "the_branch"
+    with pytest.raises(UserError, match=r"If \(node the_branch\)"):
+        OnnxModule(model)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -17,7 +17,7 @@ from lsp_deploy.model import load_model, resolve_shapes
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from exports import export_family  # noqa: E402
+from exports import export_clip, export_family  # noqa: E402
 from graphs import graph  # noqa: E402
 
 from lsp_deploy.autodiff.module import OnnxModule  # noqa: E402
@@ -41,7 +41,7 @@ class Case:
     def __post_init__(self) -> None:
         shapes = resolve_shapes(self.model, None, batch=self.batch)
         self.layers = linear_layers(self.model, shapes)
-        dtypes = {name: np.dtype(np.float32) for name in shapes}
+        dtypes = {value.name: value.dtype.numpy() for value in self.model.graph.inputs}
         self.dataset = open_dataset("random", shapes=shapes, dtypes=dtypes, preprocess=None, samples=self.samples)
 
     def analyse(self, cache: Path, block: tuple[int, int] = (16, 16), **options):
@@ -145,6 +145,11 @@ def test_samples_that_cannot_be_told_apart_are_taken_one_at_a_time(tmp_path: Pat
     model = graph(nodes, x="float[n, 5, 8] x", y="float[n, 5, 3] y", weights=weights(V=(8, 3)))
     Case(named(model), 4).check(tmp_path, (4, 4), "output")
     assert "one at a time" in capsys.readouterr().err
+
+
+def test_a_model_that_compares_samples_sees_one_at_a_time(tmp_path: Path, capsys) -> None:
+    Case(canonicalize(load_model(export_clip()), max_opset=22), 3).check(tmp_path, (16, 16), "output")
+    assert "compare the samples of a batch: samples are taken one at a time" in capsys.readouterr().err
 
 
 def test_a_fixed_batch_is_filled_up(tmp_path: Path) -> None:
