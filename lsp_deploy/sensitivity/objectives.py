@@ -84,8 +84,11 @@ class _ClassScores:
     """Whether the graph ends in a softmax."""
 
     def log_probabilities(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return log p as [batch, classes, positions]; one position for a classifier."""
-        scores = outputs[self.output].movedim(self.class_axis, 1)
+        """Return log p as [batch, classes, positions], float64; one position for a classifier.
+
+        The gradient of a sample that the model is sure of is p - 1, of which float32 would leave a few digits.
+        """
+        scores = outputs[self.output].double().movedim(self.class_axis, 1)
         scores = scores.reshape(scores.shape[0], scores.shape[1], -1)
         if self.are_probabilities:
             return torch.log(scores.clamp_min(torch.finfo(scores.dtype).tiny))
@@ -120,7 +123,7 @@ def _pseudo(scores: _ClassScores, seed: int) -> Objective:
     def objective(outputs: Mapping[str, torch.Tensor], indices: NDArray[np.int64]) -> torch.Tensor:
         log_p = scores.log_probabilities(outputs)
         drawn = np.stack([np.random.default_rng([seed, int(index)]).random(log_p.shape[2]) for index in indices])
-        below = log_p.detach().double().exp().cumsum(dim=1) < torch.from_numpy(drawn).to(log_p.device)[:, None]
+        below = log_p.detach().exp().cumsum(dim=1) < torch.from_numpy(drawn).to(log_p.device)[:, None]
         return _mean_over_positions(log_p, below.sum(dim=1).clamp_max(log_p.shape[1] - 1))
 
     return objective
