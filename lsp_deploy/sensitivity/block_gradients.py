@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from lsp_deploy.data import Dataset
     from lsp_deploy.linear_layers import LinearLayer
 
-__all__ = ["Objective", "block_count", "block_gradients", "collect_block_gradients", "weight_groups"]
+__all__ = ["Objective", "Observer", "block_count", "block_gradients", "collect_block_gradients", "weight_groups"]
 
 Objective = Callable[[Mapping[str, torch.Tensor], NDArray[np.int64]], torch.Tensor]
 """Given a batch's outputs and its sample indices: the sum over the batch of one scalar a sample."""
+
+Observer = Callable[["LinearLayer", torch.Tensor], None]
+"""Called with a layer and the gradients at its output [samples, tokens, N] of a batch."""
 
 # Bytes of W ∘ g at a time. On a CPU what stays in the cache is read again for nothing; a GPU wants large pieces.
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
@@ -70,6 +73,7 @@ def collect_block_gradients(
     layouts: Mapping[str, Layout] | None = None,
     device: str = "cpu",
     show_progress: bool = True,
+    observe: Observer | None = None,
 ) -> GradientFiles:
     """Run every sample forward and backward once and gather A and the Taylor scores of all layers.
 
@@ -89,6 +93,7 @@ def collect_block_gradients(
         layouts: how the rows of a layer hold the samples; one after the other where it is not said.
         device: torch device.
         show_progress: whether the user is shown how far it is.
+        observe: also shown the gradients at every layer's output; not called for what the folder already holds.
 
     Returns:
         The files, complete; one tensor for each of `weight_groups(layers)`.
@@ -101,7 +106,9 @@ def collect_block_gradients(
     files = GradientFiles(folder, len(samples), [block_count(group[0], block) for group in groups])
     if files.complete:
         return files
-    collectors = [_Collector(group, block, files, index, layouts or {}, device) for index, group in enumerate(groups)]
+    collectors = [
+        _Collector(group, block, files, index, layouts or {}, device, observe) for index, group in enumerate(groups)
+    ]
     module.requires_grad_(False)
     module.to(device)
     saved = time.monotonic()
@@ -178,7 +185,9 @@ class _Collector:
         index: int,
         layouts: Mapping[str, Layout],
         device: str,
+        observe: Observer | None,
     ) -> None:
+        self.observe = observe
         self.layers = layers
         self.block = block
         self.files = files
@@ -215,6 +224,8 @@ class _Collector:
             def keep(gradient: torch.Tensor) -> None:
                 layout = self.layouts.get(layer.name, "samples first")
                 rows, gradients = sample_rows(layer, inputs, gradient, size, layout)
+                if self.observe is not None:
+                    self.observe(layer, gradients[: self.count])
                 self.uses.append((rows[: self.count].to(self.weight), gradients[: self.count].to(self.weight)))
                 if len(self.uses) == len(self.layers):
                     self._add()

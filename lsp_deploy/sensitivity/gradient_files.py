@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import shutil
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ class GradientFiles:
         """[blocks] of each tensor: sum over samples and over the block's entries of |W ∘ ∇_W f|."""
         self._blocks = list(blocks)
         self._open: list[BinaryIO] = []
+        self._lock: list[BinaryIO] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,9 +67,10 @@ class GradientFiles:
             absolute: [blocks]: sum over them of each block's sum of |W ∘ ∇_W f|.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or another run is writing here.
         """
         if not self._open:
+            self._take()
             self._open = [self._reopen(index) for index in range(len(self._blocks))]
         self.taylor[tensor] += absolute
         try:
@@ -94,9 +97,9 @@ class GradientFiles:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._open:
+        for file in [*self._open, *self._lock]:
             file.close()
-        self._open = []
+        self._open, self._lock = [], []
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -107,6 +110,15 @@ class GradientFiles:
         """Return A [samples, blocks] of one tensor, mapped from disk."""
         shape = (self.samples, self._blocks[tensor])
         return np.memmap(self._path(tensor), np.float32, "r", shape=shape)
+
+    def _take(self) -> None:
+        """Keep other runs of the same analysis from writing here as well, until this one closes or ends."""
+        lock = (self.folder / "lock").open("wb")
+        self._lock = [lock]
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run is writing to {self.folder}; wait for it, or choose another cache") from error
 
     @property
     def _record(self) -> Path:

@@ -24,6 +24,7 @@ from lsp_deploy.autodiff.module import OnnxModule  # noqa: E402
 from lsp_deploy.passes.canonicalize import canonicalize  # noqa: E402
 from lsp_deploy.sensitivity import block_gradients as passes  # noqa: E402
 from lsp_deploy.sensitivity.analysis import analyse, default_kappa  # noqa: E402
+from lsp_deploy.sensitivity.gradient_files import GradientFiles  # noqa: E402
 from lsp_deploy.sensitivity.layer_rows import find_layouts  # noqa: E402
 from lsp_deploy.sensitivity.objectives import make_objective  # noqa: E402
 
@@ -205,6 +206,19 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same_bytes(tmp_path: Path, mo
         other = resumed.layers[name].gradients
         np.testing.assert_array_equal(other.contributions, layer.gradients.contributions)
         np.testing.assert_array_equal(other.taylor, layer.gradients.taylor)
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    first, second = GradientFiles(tmp_path, 4, [3]), GradientFiles(tmp_path, 4, [3])
+    rows = np.ones((2, 3), np.float32)
+    first.append(0, rows, np.ones(3))
+    with pytest.raises(UserError, match="another run is writing"):
+        second.append(0, rows, np.ones(3))
+    first.append(0, rows, np.ones(3))
+    first.save(4)
+    first.close()
+    assert GradientFiles(tmp_path, 4, [3]).complete
+    np.testing.assert_array_equal(first.contributions(0), np.ones((4, 3)))
 
 
 @pytest.mark.parametrize("change", ["block", "objective", "samples", "model"])
