@@ -122,12 +122,12 @@ class Plan(_Strict):
 
     @property
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """By layer name: float32 [K, N], the weight that takes the place of the dense one. Layers not changed have none."""
+        """By layer name: float32 [K, N], the weight in place of the dense one. Layers not changed have none."""
         return self._weights
 
     @property
     def biases(self) -> dict[str, NDArray[np.float32]]:
-        """By layer name: float32 [N], the bias that takes the place of the dense one. Layers not changed have none."""
+        """By layer name: float32 [N], the bias in place of the dense one. Layers not changed have none."""
         return self._biases
 
     def branch(self) -> Plan:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lsp_deploy.data import Dataset
     from lsp_deploy.linear_layers import LinearLayer
 
-__all__ = ["analyse", "default_kappa"]
+__all__ = ["analyse", "default_kappa", "plan_batches"]
 
 # Of the files in the cache: a change of what they hold changes the number, and nothing old is read.
 _FORMAT = 1
@@ -89,7 +89,7 @@ def analyse(
     if not team.agree(whole is not None and whole.complete):
         module = OnnxModule(model)
         module.to(device)
-        size, layouts = _plan_batches(module, model, layers, dataset, batch_size, device)
+        size, layouts = plan_batches(module, model, layers, dataset, batch_size, device)
         samples = team.share(len(dataset), size)
         files = collect_block_gradients(
             module,
@@ -140,7 +140,7 @@ def _key(model: str, data: str, block: tuple[int, int], objective: str, seed: in
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _plan_batches(
+def plan_batches(
     module: OnnxModule,
     model: ir.Model,
     layers: Sequence[LinearLayer],
@@ -148,7 +148,22 @@ def _plan_batches(
     asked: int | None,
     device: str,
 ) -> tuple[int, dict[str, Layout]]:
-    """Return how many samples go into a batch, and how each layer's rows hold them."""
+    """Return how many samples go into a batch of a pass over the data, and how each layer's rows hold them.
+
+    A graph of a fixed batch has its own size. Where rows or outputs mix the samples of a batch it is 1, and the user is
+    told.
+
+    Args:
+        module: the model in torch.
+        model: the same.
+        layers: its linear layers.
+        dataset: of which two samples are tried.
+        asked: samples a batch; as many as the activations' size allows if None.
+        device: torch device.
+
+    Raises:
+        UserError: samples are mixed and the batch is fixed above 1.
+    """
     fixed = _fixed_batch(model)
     if fixed == 1 or (fixed is None and (len(dataset) == 1 or asked == 1)):
         return 1, {}

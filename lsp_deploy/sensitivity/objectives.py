@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
     from lsp_deploy.sensitivity.block_gradients import Objective
 
-__all__ = ["OBJECTIVES", "ObjectiveName", "default_objective", "make_objective"]
+__all__ = ["OBJECTIVES", "ObjectiveName", "Reference", "default_objective", "make_objective"]
+
+Reference = Callable[[NDArray[np.int64]], Mapping[str, torch.Tensor]]
+"""Gives the dense model's outputs for samples, where another model is differentiated."""
+
+_Answers = Callable[[Mapping[str, torch.Tensor], NDArray[np.int64]], torch.Tensor]
+"""Gives a class at each position [batch, positions], from outputs and sample indices."""
 
 ObjectiveName = Literal["loss", "top1", "pseudo", "output"]
 OBJECTIVES: tuple[str, ...] = get_args(ObjectiveName)
@@ -37,7 +43,14 @@ def default_objective(model: ir.Model, labels: NDArray[np.int64] | None) -> Obje
     return "top1" if is_classifier and len(_float_outputs(model)) == 1 else "output"
 
 
-def make_objective(name: str, model: ir.Model, labels: NDArray[np.int64] | None = None, *, seed: int = 0) -> Objective:
+def make_objective(
+    name: str,
+    model: ir.Model,
+    labels: NDArray[np.int64] | None = None,
+    *,
+    seed: int = 0,
+    reference: Reference | None = None,
+) -> Objective:
     """Return an objective: given outputs and sample indices, the sum over the batch of one scalar a sample.
 
     - `loss`: cross-entropy with the label.
@@ -55,6 +68,7 @@ def make_objective(name: str, model: ir.Model, labels: NDArray[np.int64] | None 
         model: whose outputs are looked at.
         labels: class index of each sample, for `loss`.
         seed: of what is drawn.
+        reference: whose classes `top1` and `pseudo` take; the model that is differentiated if None.
 
     Raises:
         UserError: the name is unknown, `loss` without labels or class scores, labels that are no classes of the model,
@@ -69,7 +83,8 @@ def make_objective(name: str, model: ir.Model, labels: NDArray[np.int64] | None 
         raise UserError(f"--objective {name} needs class scores, and the model has none; use --objective output")
     if name == "loss":
         return _loss(scores, labels)
-    return _top1(scores) if cast(ObjectiveName, name) == "top1" else _pseudo(scores, seed)
+    answers = _top1(scores) if cast(ObjectiveName, name) == "top1" else _pseudo(scores, seed)
+    return _against(answers, scores, reference)
 
 
 @dataclass(frozen=True)
@@ -111,20 +126,37 @@ def _loss(scores: _ClassScores, labels: NDArray[np.int64] | None) -> Objective:
     return objective
 
 
-def _top1(scores: _ClassScores) -> Objective:
-    def objective(outputs: Mapping[str, torch.Tensor], indices: NDArray[np.int64]) -> torch.Tensor:
-        log_p = scores.log_probabilities(outputs)
-        return _mean_over_positions(log_p, log_p.detach().argmax(dim=1))
+def _top1(scores: _ClassScores) -> _Answers:
+    def answers(outputs: Mapping[str, torch.Tensor], indices: NDArray[np.int64]) -> torch.Tensor:
+        return scores.log_probabilities(outputs).argmax(dim=1)
 
-    return objective
+    return answers
 
 
-def _pseudo(scores: _ClassScores, seed: int) -> Objective:
-    def objective(outputs: Mapping[str, torch.Tensor], indices: NDArray[np.int64]) -> torch.Tensor:
+def _pseudo(scores: _ClassScores, seed: int) -> _Answers:
+    def answers(outputs: Mapping[str, torch.Tensor], indices: NDArray[np.int64]) -> torch.Tensor:
         log_p = scores.log_probabilities(outputs)
         drawn = np.stack([np.random.default_rng([seed, int(index)]).random(log_p.shape[2]) for index in indices])
-        below = log_p.detach().exp().cumsum(dim=1) < torch.from_numpy(drawn).to(log_p.device)[:, None]
-        return _mean_over_positions(log_p, below.sum(dim=1).clamp_max(log_p.shape[1] - 1))
+        below = log_p.exp().cumsum(dim=1) < torch.from_numpy(drawn).to(log_p.device)[:, None]
+        return below.sum(dim=1).clamp_max(log_p.shape[1] - 1)
+
+    return answers
+
+
+def _against(answers: _Answers, scores: _ClassScores, reference: Reference | None) -> Objective:
+    """Return the cross-entropy with the classes that the dense model answers, the mean over positions."""
+    given: dict[int, torch.Tensor] = {}  # the reference is asked once for each sample
+
+    def objective(outputs: Mapping[str, torch.Tensor], indices: NDArray[np.int64]) -> torch.Tensor:
+        log_p = scores.log_probabilities(outputs)
+        if reference is None:
+            targets = answers({name: value.detach() for name, value in outputs.items()}, indices)
+        else:
+            if any(int(index) not in given for index in indices):
+                asked = answers(reference(indices), indices)
+                given.update(zip((int(index) for index in indices), asked, strict=True))
+            targets = torch.stack([given[int(index)] for index in indices])
+        return functional.nll_loss(log_p, targets, reduction="sum") / log_p.shape[2]
 
     return objective
 
@@ -144,10 +176,6 @@ def _projection(model: ir.Model, seed: int) -> Objective:
         return total
 
     return objective
-
-
-def _mean_over_positions(log_p: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return functional.nll_loss(log_p, targets, reduction="sum") / log_p.shape[2]
 
 
 def _class_scores(model: ir.Model) -> _ClassScores | None:

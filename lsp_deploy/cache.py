@@ -1,0 +1,43 @@
+"""Where results that took long are kept between runs, by the hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lsp_deploy.errors import UserError
+
+__all__ = ["cache_folder", "content_key"]
+
+
+def cache_folder() -> Path:
+    """Return the folder for cached results: $LSP_DEPLOY_CACHE, else lsp-deploy in $XDG_CACHE_HOME or ~/.cache; made.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    named = os.environ.get("LSP_DEPLOY_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(named) if named else Path(base) / "lsp-deploy"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the cache folder {folder}: {error.strerror}; set LSP_DEPLOY_CACHE to another"
+        ) from error
+    return folder
+
+
+def content_key(**parts: Any) -> str:
+    """Return the hash, in hex, of everything that a result depends on; values are plain JSON."""
+    return hashlib.sha256(json.dumps(_sorted(parts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _sorted(one) for key, one in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""Which zeros a network gets: scores, allocation and reconstruction put together, once or step by step."""

@@ -1,0 +1,142 @@
+"""The network that is pruned: its graph in torch twice, as it was and as it becomes, and its calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lsp_deploy.autodiff.module import OnnxModule
+from lsp_deploy.linear_layers import LinearLayer, linear_layers
+from lsp_deploy.passes.own_biases import OwnBiasesPass
+from lsp_deploy.reconstruction.network import Batch, FitSettings, LayerFit, reconstruct
+from lsp_deploy.reconstruction.parameters import LayerParameters, why_not_writable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lsp_deploy.data import Dataset
+
+__all__ = ["Network"]
+
+_HELD_OUT_EVERY = 5  # of the calibration samples, to judge the solves by
+_MOST_BYTES = 3 << 30  # of activations that reconstruction keeps for all samples
+
+
+class Network:
+    """Reads and changes the weights of one network by layer name.
+
+    Layers whose weights cannot be changed on their own (shared, or computed in the graph) have no parameters here.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        shapes: Mapping[str, Sequence[int]],
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        fixed_batch: bool,
+        device: str = "cpu",
+    ) -> None:
+        """Take the canonical float32 model; it is not changed.
+
+        Args:
+            model: the network.
+            shapes: its input shapes, batch included.
+            dataset: the calibration samples.
+            batch_size: samples a run; the model's own where that is fixed.
+            fixed_batch: whether it is.
+            device: torch device.
+        """
+        own = model.clone()
+        OwnBiasesPass({layer.name: layer.N for layer in linear_layers(own, shapes)})(own)
+        self.layers = linear_layers(own, shapes)
+        self.dataset = dataset
+        self.batch_size, self.fixed_batch, self.device = batch_size, fixed_batch, device
+        self.dense, self.pruned = OnnxModule(own).to(device), OnnxModule(own).to(device)
+        for module in (self.dense, self.pruned):
+            module.requires_grad_(False)
+        self.not_writable = {
+            layer.name: reason for layer in self.layers if (reason := why_not_writable(layer, self.pruned)) is not None
+        }
+        self._traced_batch = next(iter(shapes.values()))[0]  # the batch that the layers' M is counted at
+        self._samples = min(len(dataset), max(8, _MOST_BYTES // max(1, self._bytes_of_a_sample())))
+        self._batches: list[Batch] | None = None
+
+    def layer(self, name: str) -> LinearLayer:
+        """Return a layer by name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def theta(self, name: str) -> torch.Tensor:
+        """Return a layer's weights in the pruned network: [K (+ 1), N] float64, the bias in the last row."""
+        return LayerParameters(self.layer(name), self.pruned).read()
+
+    def set_theta(self, name: str, theta: torch.Tensor) -> None:
+        """Set a layer's weights in the pruned network."""
+        LayerParameters(self.layer(name), self.pruned).write(theta)
+
+    def reset(self) -> None:
+        """Give the pruned network the dense weights again."""
+        for name, weight in self.pruned.weights.items():
+            weight.data.copy_(self.dense.weights[name])
+
+    def mask(self, masks: Mapping[str, NDArray[np.bool_]]) -> None:
+        """Set the pruned network's weights to zero where the masks (bool [K, N], by layer name) are False."""
+        for name, mask in masks.items():
+            theta = self.theta(name)
+            theta[: len(mask)] *= torch.from_numpy(mask).to(theta.device)
+            self.set_theta(name, theta)
+
+    def reconstruct(
+        self,
+        masks: Mapping[str, NDArray[np.bool_]],
+        names: Collection[str],
+        *,
+        two_four: Collection[str] = (),
+        token_weights: Mapping[str, NDArray[np.float64]] | None = None,
+        settings: FitSettings | None = None,
+        description: str = "reconstructing",
+    ) -> dict[str, LayerFit]:
+        """Solve the named layers of the pruned network anew, in graph order; see `reconstruction.network`."""
+        chosen = [layer for layer in self.layers if layer.name in names and layer.name not in self.not_writable]
+        return reconstruct(
+            self.dense,
+            self.pruned,
+            chosen,
+            self.batches,
+            masks=masks,
+            two_four=two_four,
+            token_weights=token_weights,
+            settings=settings,
+            description=description,
+        )
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The calibration samples that reconstruction works on: all, or as many as memory allows, evenly spread."""
+        if self._batches is None:
+            chosen = np.linspace(0, len(self.dataset) - 1, self._samples).round().astype(np.int64)
+            samples = self.dataset.subset(chosen)
+            held_out = np.arange(len(samples)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY // 2
+            self._batches, done = [], 0
+            for feeds in samples.batches(self.batch_size):
+                count = len(next(iter(feeds.values())))
+                padding = self.batch_size - count if self.fixed_batch else 0
+                real = np.arange(count + padding) < count
+                judges = np.concatenate([held_out[done : done + count], np.zeros(padding, bool)])
+                tensors = {
+                    name: torch.from_numpy(np.concatenate([value, *[value[-1:]] * padding])).to(self.device)
+                    for name, value in feeds.items()
+                }
+                self._batches.append(Batch(tensors, real & ~judges, judges))
+                done += count
+        return self._batches
+
+    def _bytes_of_a_sample(self) -> int:
+        """Estimate what is alive at a cut of both runs: a few tensors of the widest layer."""
+        widest = max(layer.M * max(layer.K, layer.N) for layer in self.layers)
+        return 4 * 6 * widest // self._traced_batch
