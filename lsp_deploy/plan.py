@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 Pattern = Literal["dense", "2:4", "block"]
+_CONSTANT = "constant:"  # before the place of a constant, in plan.safetensors
 
 
 class _Strict(BaseModel):
@@ -109,6 +110,7 @@ class Plan(_Strict):
     _weight_scales: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
     _weights: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
     _biases: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
+    _constants: dict[str, NDArray[np.float32]] = PrivateAttr(default_factory=dict)
 
     @property
     def masks(self) -> dict[str, NDArray[np.bool_]]:
@@ -130,6 +132,11 @@ class Plan(_Strict):
         """By layer name: float32 [N], the bias in place of the dense one. Layers not changed have none."""
         return self._biases
 
+    @property
+    def constants(self) -> dict[str, NDArray[np.float32]]:
+        """By `node:input`, the node's name and the index of its input: float32, what takes that constant's place."""
+        return self._constants
+
     def branch(self) -> Plan:
         """Return a copy whose decisions can be changed freely; the arrays are shared."""
         copy = self.model_copy(update={"layers": [layer.model_copy(deep=True) for layer in self.layers]})
@@ -137,6 +144,7 @@ class Plan(_Strict):
         copy._weight_scales = dict(self._weight_scales)
         copy._weights = dict(self._weights)
         copy._biases = dict(self._biases)
+        copy._constants = dict(self._constants)
         return copy
 
     def layer(self, name: str) -> LayerPlan:
@@ -157,6 +165,8 @@ def save_plan(plan: Plan, path: Path) -> None:
     for kind, arrays in (("weight_scale", plan.weight_scales), ("weight", plan.weights), ("bias", plan.biases)):
         for name, array in arrays.items():
             tensors[f"{name}.{kind}"] = np.ascontiguousarray(array)
+    for place, array in plan.constants.items():
+        tensors[f"{_CONSTANT}{place}"] = np.ascontiguousarray(array)
     with atomic_path(path.with_suffix(".safetensors")) as temporary:
         temporary.write_bytes(save(tensors))
         plan.tensors_sha256 = sha256_of(temporary)
@@ -199,6 +209,9 @@ def load_plan(path: Path) -> Plan:
                 plan.weights[layer.name] = weight.astype(np.float32).reshape(layer.K, layer.N)
             if (bias := tensors.get(f"{layer.name}.bias")) is not None:
                 plan.biases[layer.name] = bias.astype(np.float32).reshape(layer.N)
+        for name, array in tensors.items():
+            if name.startswith(_CONSTANT):
+                plan.constants[name.removeprefix(_CONSTANT)] = array.astype(np.float32)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{tensors_path} does not belong to {path.name}: {error}") from error
     return plan

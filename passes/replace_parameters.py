@@ -1,4 +1,4 @@
-"""Weights and biases that reconstruction found, in place of the dense ones."""
+"""Weights, biases and other constants that were found for a network, in place of its own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["ReplaceParametersPass"]
 
 
 class ReplaceParametersPass(ir.passes.InPlacePass):
-    """x @ W + b becomes x @ W' + b', where the plan holds a weight or a bias for a layer.
+    """x @ W + b becomes x @ W' + b', f(x, c) becomes f(x, c'), where the plan holds a weight, bias or constant.
 
     A tensor that other nodes read too stays as it is for them.
     """
 
     def __init__(self, plan: Plan) -> None:
-        """Take the plan whose `weights` (float32 [K, N]) and `biases` (float32 [N]) are put in."""
+        """Take the plan whose `weights` (float32 [K, N]), `biases` (float32 [N]) and `constants` are put in."""
         super().__init__()
         self.plan = plan
 
@@ -40,7 +40,22 @@ class ReplaceParametersPass(ir.passes.InPlacePass):
                 _replace_weight(model.graph, name, node, weight)
             if (bias := plan.biases.get(name)) is not None:
                 _replace_bias(model.graph, name, node, bias)
-        return ir.passes.PassResult(model, modified=bool(changed))
+        for place, array in plan.constants.items():
+            _replace_constant(model.graph, place, array)
+        return ir.passes.PassResult(model, modified=bool(changed or plan.constants))
+
+
+def _replace_constant(graph: ir.Graph, place: str, array: NDArray[np.float32]) -> None:
+    name, _, index = place.rpartition(":")
+    node = next((node for node in graph if node.name == name), None)
+    known = node is not None and index.isdigit() and int(index) < len(node.inputs)
+    old = node.inputs[int(index)] if node is not None and known else None
+    if node is None or old is None or old.const_value is None or old.const_value.size != array.size:
+        raise UserError(
+            f"the plan holds a constant for {place}, which this model does not have; is it of another model?"
+        )
+    like = old.const_value.numpy()
+    _swap(graph, node, int(index), f"{name}/constant_{index}", array.reshape(like.shape).astype(like.dtype))
 
 
 def _replace_weight(graph: ir.Graph, name: str, node: ir.Node, weight: NDArray[np.float32]) -> None:

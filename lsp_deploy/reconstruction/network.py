@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from lsp_deploy import console
-from lsp_deploy.autodiff.layer_rows import input_rows, output_rows
 from lsp_deploy.reconstruction.moments import Moments
 from lsp_deploy.reconstruction.parameters import LayerParameters
 from lsp_deploy.reconstruction.ridge import solve_ridge
 from lsp_deploy.reconstruction.targets import FitTarget, fit_target
 from lsp_deploy.reconstruction.two_four import two_four_support
+from lsp_deploy.sensitivity.layer_rows import Layout, sample_rows
 
 if TYPE_CHECKING:
     from lsp_deploy.autodiff.module import Execution, OnnxModule
@@ -92,6 +92,7 @@ def reconstruct(
     two_four: Collection[str] = (),
     token_weights: Mapping[str, NDArray[np.float64]] | None = None,
     settings: FitSettings | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     description: str = "reconstructing",
 ) -> dict[str, LayerFit]:
     """Solve for the weights of `layers` in `pruned`, in the order of the graph, and put them there.
@@ -105,6 +106,7 @@ def reconstruct(
         two_four: names of layers whose 2:4 mask is chosen on the way (SparseGPT).
         token_weights: [tokens] by layer name, from the gradients at its output; without them all tokens weigh alike.
         settings: ridges.
+        layouts: how the rows of a layer hold the samples; one after the other where it is not said.
         description: for the progress line.
 
     Returns:
@@ -120,7 +122,15 @@ def reconstruct(
             target = targets[layer.name]
             parameters = LayerParameters(layer, pruned)
             weights = None if token_weights is None else token_weights.get(layer.name)
-            fitted, held_out = _moments(layer, parameters, target, lanes, weights, settings.token_mix)
+            fitted, held_out = _moments(
+                layer,
+                parameters,
+                target,
+                lanes,
+                weights,
+                settings.token_mix,
+                (layouts or {}).get(layer.name, "samples first"),
+            )
             ridge = settings.ridge_of_branch_ends if target.residual_node else settings.ridge_of_others
             fit = _fit(parameters, target, fitted, held_out, masks.get(layer.name), layer.name in two_four, ridge)
             parameters.write(fit.theta)
@@ -174,6 +184,7 @@ def _moments(
     lanes: Sequence[_Lane],
     token_weights: NDArray[np.float64] | None,
     mix: float,
+    layout: Layout,
 ) -> tuple[Moments, Moments]:
     """Bring all lanes to `layer` and sum over their tokens: those to fit, and those that judge."""
     device = str(parameters.read().device)
@@ -184,8 +195,9 @@ def _moments(
             lane.dense.advance(target.dense_node, after=True)
         found = target.wanted(lane.pruned, lane.dense.values[target.dense_value])
         assert found is not None, f"the way from {layer.name} to its residual Add was invertible a moment ago"
-        x = input_rows(layer, lane.pruned.values[str(layer.x.name)], lane.size).float()
-        wanted, matters = (output_rows(layer, value, lane.size).float() for value in found)
+        x = lane.pruned.values[str(layer.x.name)]
+        rows_of = [sample_rows(layer, x, value, lane.size, layout) for value in found]
+        x, wanted, matters = rows_of[0][0].float(), rows_of[0][1].float(), rows_of[1][1].float()
         weight = matters.mean(dim=2)
         if token_weights is not None and len(token_weights) == weight.shape[1]:
             relative = torch.from_numpy(token_weights / token_weights.mean()).to(weight)

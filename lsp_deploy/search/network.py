@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from lsp_deploy.autodiff.module import OnnxModule
 from lsp_deploy.linear_layers import LinearLayer, linear_layers
-from lsp_deploy.passes.own_biases import OwnBiasesPass
+from lsp_deploy.passes.own_constants import OwnConstantsPass
 from lsp_deploy.reconstruction.network import Batch, FitSettings, LayerFit, reconstruct
 from lsp_deploy.reconstruction.parameters import LayerParameters, why_not_writable
+from lsp_deploy.sensitivity.analysis import plan_batches
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,8 +39,8 @@ class Network:
         shapes: Mapping[str, Sequence[int]],
         dataset: Dataset,
         *,
-        batch_size: int,
-        fixed_batch: bool,
+        batch_size: int | None = None,
+        fixed_batch: bool = False,
         device: str = "cpu",
     ) -> None:
         """Take the canonical float32 model; it is not changed.
@@ -48,16 +49,17 @@ class Network:
             model: the network.
             shapes: its input shapes, batch included.
             dataset: the calibration samples.
-            batch_size: samples a run; the model's own where that is fixed.
+            batch_size: samples a run; as many as activations allow if None, the model's own where that is fixed.
             fixed_batch: whether it is.
             device: torch device.
         """
-        own = model.clone()
-        OwnBiasesPass({layer.name: layer.N for layer in linear_layers(own, shapes)})(own)
-        self.layers = linear_layers(own, shapes)
+        self.model = model.clone()
+        OwnConstantsPass({str(layer.weight_value.name) for layer in linear_layers(self.model, shapes)})(self.model)
+        self.layers = linear_layers(self.model, shapes)
         self.dataset = dataset
-        self.batch_size, self.fixed_batch, self.device = batch_size, fixed_batch, device
-        self.dense, self.pruned = OnnxModule(own).to(device), OnnxModule(own).to(device)
+        self.fixed_batch, self.device = fixed_batch, device
+        self.dense, self.pruned = OnnxModule(self.model).to(device), OnnxModule(self.model).to(device)
+        self.batch_size, self.layouts = plan_batches(self.dense, self.model, self.layers, dataset, batch_size, device)
         for module in (self.dense, self.pruned):
             module.requires_grad_(False)
         self.not_writable = {
@@ -66,6 +68,7 @@ class Network:
         self._traced_batch = next(iter(shapes.values()))[0]  # the batch that the layers' M is counted at
         self._samples = min(len(dataset), max(8, _MOST_BYTES // max(1, self._bytes_of_a_sample())))
         self._batches: list[Batch] | None = None
+        self._original = {name: weight.detach().clone() for name, weight in self.dense.weights.items()}
 
     def layer(self, name: str) -> LinearLayer:
         """Return a layer by name."""
@@ -78,6 +81,59 @@ class Network:
     def set_theta(self, name: str, theta: torch.Tensor) -> None:
         """Set a layer's weights in the pruned network."""
         LayerParameters(self.layer(name), self.pruned).write(theta)
+
+    def dense_theta(self, name: str) -> torch.Tensor:
+        """Return a layer's weights in the dense network, as `theta` does."""
+        return LayerParameters(self.layer(name), self.dense).read()
+
+    def set_dense_theta(self, name: str, theta: torch.Tensor) -> None:
+        """Set a layer's weights in the dense network: what it computes must stay the same."""
+        LayerParameters(self.layer(name), self.dense).write(theta)
+
+    def constant(self, node: ir.Node, index: int) -> torch.Tensor:
+        """Return a constant operand of a node in the dense network, float64."""
+        value = node.inputs[index]
+        assert value is not None
+        return self.dense.weights[str(value.name)].detach().double()
+
+    def set_constant(self, node: ir.Node, index: int, tensor: torch.Tensor) -> None:
+        """Set a constant operand of a node in the dense network."""
+        value = node.inputs[index]
+        assert value is not None
+        self.dense.weights[str(value.name)].data.copy_(tensor)
+
+    def changed_constants(self) -> dict[str, NDArray[np.float32]]:
+        """Return the constants of the dense network that are no longer the model's, by `node:input`.
+
+        Weights and biases of linear layers are not among them.
+        """
+        of_layers = {str(layer.weight_value.name) for layer in self.layers}
+        of_layers |= {str(layer.bias.name) for layer in self.layers if layer.bias is not None}
+        changed = {
+            name: weight.detach().cpu().numpy()
+            for name, weight in self.dense.weights.items()
+            if name not in of_layers and not torch.equal(weight, self._original[name])
+        }
+        return {
+            f"{use.node.name}:{use.idx}": array
+            for name, array in changed.items()
+            for use in self.model.graph.initializers[name].uses()
+        }
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a layer's weight or bias in the pruned network is no longer the model's."""
+        layer = self.layer(name)
+        tensors = [layer.weight_value, *([layer.bias] if layer.bias is not None else [])]
+        return any(
+            not torch.equal(self.pruned.weights[str(value.name)], self._original[str(value.name)])
+            for value in tensors
+            if str(value.name) in self._original
+        )
+
+    def current_layers(self) -> list[LinearLayer]:
+        """Return the layers with the pruned network's present weights in their graph."""
+        self.pruned.write_back(self.model)
+        return self.layers
 
     def reset(self) -> None:
         """Give the pruned network the dense weights again."""
@@ -112,6 +168,7 @@ class Network:
             two_four=two_four,
             token_weights=token_weights,
             settings=settings,
+            layouts=self.layouts,
             description=description,
         )
 

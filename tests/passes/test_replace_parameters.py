@@ -5,7 +5,7 @@ import pytest
 from pass_models import graph, layer, plan, run
 
 from lsp_deploy.errors import UserError
-from lsp_deploy.passes.own_biases import OwnBiasesPass
+from lsp_deploy.passes.own_constants import OwnConstantsPass
 from lsp_deploy.passes.replace_parameters import ReplaceParametersPass
 
 RNG = np.random.default_rng(0)
@@ -62,6 +62,24 @@ def test_what_another_layer_reads_stays():
     np.testing.assert_allclose(outputs["b"], X @ W + B, rtol=1e-5, atol=1e-6)
 
 
+def test_constants_of_other_nodes():
+    text = "g (float[3, 8] x) => (float[3, 6] y) { p = MatMul(x, w)  q = Add(p, c)  y = Mul(q, c) }"
+    made = plan(layer("p", 8, 6))
+    made.constants["y:1"] = C
+    model = graph(text, w=W, c=B)
+    assert ReplaceParametersPass(made)(model).modified
+    np.testing.assert_allclose(run(model, x=X)["y"], (X @ W + B) * C, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["z:1", "y:7", "y:0"])
+def test_constants_that_the_model_does_not_have_are_refused(key):
+    made = plan(layer("p", 8, 6))
+    made.constants[key] = C
+    model = graph("g (float[3, 8] x) => (float[3, 6] y) { p = MatMul(x, w)  y = Add(p, c) }", w=W, c=B)
+    with pytest.raises(UserError, match=f"holds a constant for {key}"):
+        ReplaceParametersPass(made)(model)
+
+
 def test_a_bias_for_a_layer_without_one_is_refused():
     model = graph("g (float[3, 8] x) => (float[3, 6] y) { y = MatMul(x, w) }", w=W)
     made = plan(layer("y", 8, 6))
@@ -70,11 +88,12 @@ def test_a_bias_for_a_layer_without_one_is_refused():
         ReplaceParametersPass(made)(model)
 
 
-def test_every_layer_gets_a_bias_of_its_own():
+def test_every_node_gets_constants_of_its_own_but_weights_stay_shared():
     model = graph(TWO_LAYERS, w=W, c=B)
     before = run(model, x=X)
-    assert OwnBiasesPass({"p": 6, "q": 6})(model).modified
+    assert OwnConstantsPass({"w"})(model).modified
     assert len({node.inputs[1].name for node in model.graph if node.op_type == "Add"}) == 2
+    assert {node.inputs[1].name for node in model.graph if node.op_type == "MatMul"} == {"w"}
     for name, value in run(model, x=X).items():
         np.testing.assert_array_equal(value, before[name])
-    assert not OwnBiasesPass({"p": 6, "q": 6})(model).modified
+    assert not OwnConstantsPass({"w"})(model).modified
