@@ -1,4 +1,4 @@
-"""The figures of the page as plain geometry, drawn by the template in SVG; masks as small PNG images.
+"""The figures of what was measured as plain geometry, drawn by the template in SVG.
 
 Lengths are in percent of the figure's width or height: the figures stretch from a phone to a wide screen, and their
 text is HTML, which does not stretch.
@@ -6,50 +6,22 @@ text is HTML, which does not stretch.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.reporting import formatting
-from lsp_deploy.reporting.sections import FidelitySection, LayerRow, ProfileRow
+from lsp_deploy.reporting.sections import FidelitySection, ProfileRow
 
 __all__ = [
     "Axis",
     "Interval",
     "LatencyGroup",
-    "LayerBar",
-    "Thumbnail",
     "accuracy_axis",
     "drop_axis",
     "latency_groups",
-    "layer_bars",
-    "mask_thumbnails",
     "wilson",
 ]
-
-_CORNER = 32
-_LARGEST = 64
-_SIDE = 96  # CSS pixels
-_SHADES = 16
-_INK = (58, 110, 232)
-
-
-@dataclass(frozen=True)
-class LayerBar:
-    """One layer in the chart of zeros; x is its position."""
-
-    position: int
-    zeros_percent: float
-    dtype: str
-    block: int | None
-    starts_block: bool
-    title: str
 
 
 @dataclass(frozen=True)
@@ -91,38 +63,6 @@ class Axis:
     rows: list[Interval]
     limit_percent: float | None = None
     limit: str = ""
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A small image of a mask: ink where weights survive, the paper where they are zero."""
-
-    uri: str
-    width: int
-    height: int
-    name: str
-    caption: str
-    description: str
-
-
-def layer_bars(layers: Sequence[LayerRow]) -> list[LayerBar]:
-    """Return one bar for every layer, in graph order."""
-    bars = []
-    previous: int | None = None
-    for position, layer in enumerate(layers):
-        zeros = layer.sparsity.zeros_percent
-        bars.append(
-            LayerBar(
-                position=position,
-                zeros_percent=zeros,
-                dtype=layer.precision.dtype,
-                block=layer.block,
-                starts_block=layer.block is not None and layer.block != previous,
-                title=f"{layer.name}: {formatting.percent(zeros)} zeros, {layer.precision.dtype}",
-            )
-        )
-        previous = layer.block
-    return bars
 
 
 def latency_groups(profiles: Sequence[ProfileRow]) -> list[LatencyGroup]:
@@ -225,13 +165,6 @@ def drop_axis(fidelity: FidelitySection, max_drop_points: float | None) -> Axis 
     )
 
 
-def mask_thumbnails(plan: Plan) -> list[Thumbnail]:
-    """Return an image for every mask: of blocks all of it, a pixel for one or several; of 2:4 the first 32 × 32."""
-    return [
-        _thumbnail(layer, plan.masks[layer.name], plan.block_shape) for layer in plan.layers if layer.name in plan.masks
-    ]
-
-
 def wilson(share_percent: float, samples: int) -> tuple[float, float]:
     """Return the 95 % interval of a share of independent samples, all in percent (Wilson, JASA 22, 1927)."""
     z = 1.959964
@@ -239,47 +172,3 @@ def wilson(share_percent: float, samples: int) -> tuple[float, float]:
     center = (p + z * z / (2 * samples)) / (1 + z * z / samples)
     half = z / (1 + z * z / samples) * math.sqrt(p * (1 - p) / samples + z * z / (4 * samples * samples))
     return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
-
-
-def _thumbnail(layer: LayerPlan, mask: NDArray[np.bool_], block_shape: tuple[int, int] | None) -> Thumbnail:
-    K, N = mask.shape
-    if layer.sparsity.pattern == "block" and block_shape is not None:
-        density = _reduced(mask[:: block_shape[0], :: block_shape[1]])
-        part = f"all of {K} × {N} in blocks of {block_shape[0]} × {block_shape[1]}"
-    else:
-        density = mask[:_CORNER, :_CORNER].astype(np.float64)
-        part = f"the first {density.shape[0]} × {density.shape[1]} of {K} × {N} entries"
-    zeros = formatting.percent(100 * float(1 - mask.mean()))
-    scale = max(1, _SIDE // max(density.shape))
-    return Thumbnail(
-        uri="data:image/png;base64," + base64.b64encode(_png(density)).decode(),
-        width=density.shape[1] * scale,
-        height=density.shape[0] * scale,
-        name=layer.name,
-        caption=layer.role if layer.block is None else f"{layer.block} {layer.role}",
-        description=f"{layer.name}, {layer.sparsity.pattern}: {zeros} zeros; {part}",
-    )
-
-
-def _reduced(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return the share of survivors in squares just large enough that at most 64 lie along an axis."""
-    step = math.ceil(max(mask.shape) / _LARGEST)
-    rows, columns = (np.arange(0, size, step) for size in mask.shape)
-    survivors, entries = (
-        np.add.reduceat(np.add.reduceat(values, rows, 0), columns, 1)
-        for values in (mask.astype(np.float64), np.ones(mask.shape))
-    )
-    return np.asarray(survivors / entries)
-
-
-def _png(density: NDArray[np.float64]) -> bytes:
-    """Return a PNG of `density` (0 to 1): one ink, as opaque as the density, so that it suits a light or dark page."""
-    from PIL import Image
-
-    levels = np.round(density * (_SHADES - 1)).astype(np.uint8)
-    image = Image.frombytes("P", levels.shape[::-1], levels.tobytes())
-    image.putpalette(_INK * _SHADES)
-    opacity = bytes(round(255 * shade / (_SHADES - 1)) for shade in range(_SHADES))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True, transparency=opacity, bits=4)
-    return buffer.getvalue()

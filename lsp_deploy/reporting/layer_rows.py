@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from lsp_deploy.engines.protocol import EngineInfo, LayerRecord
 from lsp_deploy.plan import LayerPlan, Plan
-from lsp_deploy.reporting.sections import EngineLayer, LayerPrecision, LayerRow, LayerSparsity
+from lsp_deploy.reporting.pruning_rows import layer_blocks, layer_recovery
+from lsp_deploy.reporting.sections import (
+    EngineLayer,
+    LayerBlocks,
+    LayerPrecision,
+    LayerRow,
+    LayerSparsity,
+    LayerStructure,
+)
+
+if TYPE_CHECKING:
+    from lsp_deploy.allocation.pruning import Pruning
+    from lsp_deploy.passes.remove_dead_structure import DeadStructure
 
 __all__ = ["WITHOUT_TWO_FOUR", "layer_rows"]
 
@@ -21,16 +34,48 @@ _MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected", re.IGNO
 _PART = re.compile(r"/\d+$")
 
 
-def layer_rows(plan: Plan, engine: EngineInfo | None) -> list[LayerRow]:
+def layer_rows(
+    plan: Plan, engine: EngineInfo | None, dead: DeadStructure | None = None, pruning: Pruning | None = None
+) -> list[LayerRow]:
     """Return one row for every layer of `plan`, in its order, with what `engine` (None: not built) made of it.
 
-    Layers are joined by the name of their ONNX node, which builders keep through their fusions.
+    Layers are joined by the name of their ONNX node, which builders keep through their fusions. Those that `dead` says
+    are gone from the compressed model are not asked of the engine. Of `pruning` the rows take the δ-curves.
     """
     records = _by_layer(engine.layers, {layer.name for layer in plan.layers}) if engine is not None else {}
-    return [_row(layer, _engine_layer(layer, engine, records.get(layer.name, ()))) for layer in plan.layers]
+    structures = {} if dead is None else _structures(plan, dead)
+    rows = []
+    for layer in plan.layers:
+        structure = structures.get(layer.name)
+        if structure is not None and structure.K == 0:
+            ran = EngineLayer(note="the layer is gone from the model")
+        else:
+            ran = _engine_layer(layer, engine, records.get(layer.name, ()))
+        rows.append(_row(layer, structure, layer_blocks(pruning, layer.name), ran))
+    return rows
 
 
-def _row(layer: LayerPlan, engine: EngineLayer) -> LayerRow:
+def _structures(plan: Plan, dead: DeadStructure) -> dict[str, LayerStructure]:
+    sizes = {layer.name: (layer.K, layer.N) for layer in plan.layers}
+    notes: dict[str, list[str]] = {}
+    for smaller in dead.removed:
+        if smaller.name not in sizes:
+            continue
+        (K, N), sizes[smaller.name] = smaller.before, smaller.after
+        left = "gone" if smaller.after == (0, 0) else f"K × N {K} × {N} became {smaller.after[0]} × {smaller.after[1]}"
+        notes[smaller.name] = [f"{left}: {'; '.join(dict.fromkeys(smaller.reasons))}"]
+    for kept in dead.kept:
+        if kept.name in sizes:
+            zeros = f"{kept.zero_rows} rows and {kept.zero_columns} columns of zeros stay"
+            notes.setdefault(kept.name, []).append(f"{zeros}: {kept.reason}")
+    return {
+        name: LayerStructure(K=sizes[name][0], N=sizes[name][1], note=". ".join(one)) for name, one in notes.items()
+    }
+
+
+def _row(
+    layer: LayerPlan, structure: LayerStructure | None, blocks: LayerBlocks | None, engine: EngineLayer
+) -> LayerRow:
     sparsity, precision = layer.sparsity, layer.precision
     return LayerRow(
         name=layer.name,
@@ -47,6 +92,9 @@ def _row(layer: LayerPlan, engine: EngineLayer) -> LayerRow:
             method=sparsity.method,
             reason=sparsity.reason,
         ),
+        structure=structure,
+        recovery=layer_recovery(layer.recovery),
+        blocks=blocks,
         precision=LayerPrecision(
             asked=precision.asked, dtype=precision.dtype, sqnr_db=precision.sqnr_db, reason=precision.reason
         ),

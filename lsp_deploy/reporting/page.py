@@ -11,9 +11,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lsp_deploy.plan import Plan
-from lsp_deploy.reporting import figures, formatting
+from lsp_deploy.reporting import figures, formatting, pruning_figures
 from lsp_deploy.reporting.cards import cards, headline
-from lsp_deploy.reporting.reasons import ReasonGroup, engine_groups, precision_groups, sparsity_groups, without_outcome
+from lsp_deploy.reporting.pruning_words import (
+    budget_share_words,
+    damage_words,
+    delta,
+    loss_words,
+    objective_unit,
+    recovery_words,
+)
+from lsp_deploy.reporting.reasons import (
+    ReasonGroup,
+    engine_groups,
+    precision_groups,
+    recovery_groups,
+    sparsity_groups,
+    without_outcome,
+)
 from lsp_deploy.reporting.report import Report
 from lsp_deploy.reporting.sections import LayerRow
 
@@ -44,18 +59,24 @@ def render_page(report: Report, plan: Plan) -> str:
     )
     environment.filters.update(
         breakable=formatting.breakable,
+        budget_share=budget_share_words,
+        damage=damage_words,
         date=formatting.date,
+        delta=delta,
         file_size=formatting.file_size,
         flops=formatting.flops,
         milliseconds=formatting.milliseconds,
         percent=formatting.percent,
         points=formatting.points,
+        recovery=recovery_words,
+        objective_unit=objective_unit,
         seconds=formatting.seconds,
         without_outcome=without_outcome,
     )
     topics = [
         _Topic("precision", "Element types", precision_groups(report.layers)),
         _Topic("zeros", "Zeros", sparsity_groups(report.layers)),
+        *_recovery_topic(report.layers),
         _Topic("engine", "What the engine runs", engine_groups(report.layers)),
     ]
     fidelity, budget = report.fidelity, report.budget
@@ -69,14 +90,25 @@ def render_page(report: Report, plan: Plan) -> str:
         cards=cards(report),
         topics=topics,
         group_of={topic.key: _group_of(topic.groups) for topic in topics},
-        bars=figures.layer_bars(report.layers),
+        bars=pruning_figures.allocation_bars(report.layers),
+        block_shape=plan.block_shape,
+        patterns=pruning_figures.block_patterns(plan),
+        curves=pruning_figures.delta_curves(report.layers),
+        attention=pruning_figures.attention_strips(report.attention),
+        loss=loss_words(report.pruning, budget, fidelity),
         latency=figures.latency_groups(report.profiles),
         accuracy=figures.accuracy_axis(fidelity) if fidelity else None,
         drop=figures.drop_axis(fidelity, budget.max_drop_points if budget else None) if fidelity else None,
-        thumbnails=figures.mask_thumbnails(plan),
         replay=_replay(report),
         share=_share(report.layers),
     )
+
+
+def _recovery_topic(layers: list[LayerRow]) -> list[_Topic]:
+    """Return what was done to surviving weights; nothing where no layer was pruned."""
+    if all(layer.sparsity.pattern == "dense" and layer.recovery.method == "none" for layer in layers):
+        return []
+    return [_Topic("recovery", "Surviving weights", recovery_groups(layers))]
 
 
 def _csp_hash(text: str) -> str:

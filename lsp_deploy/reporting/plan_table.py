@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from lsp_deploy.plan import Plan
 from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.layer_rows import layer_rows
+from lsp_deploy.reporting.pruning_rows import pruning_section
+from lsp_deploy.reporting.pruning_words import loss_words, pruning_words
 from lsp_deploy.reporting.reasons import precision_groups, sparsity_groups
 from lsp_deploy.reporting.sections import LayerRow
 
@@ -15,11 +17,18 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from lsp_deploy.allocation.pruning import Pruning
+
 __all__ = ["plan_table", "reason_table"]
 
 
-def plan_table(plan: Plan) -> Group:
-    """Return what `--dry-run` prints: every layer's decision, then the reasons."""
+def plan_table(plan: Plan, pruning: Pruning | None = None) -> Group:
+    """Return what `--dry-run` prints: every layer's decision, then the reasons, then what pruning comes to.
+
+    Args:
+        plan: the decisions.
+        pruning: how the zeros were found, for what it predicts; None where that is not known.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -37,7 +46,8 @@ def plan_table(plan: Plan) -> Group:
         zeros = f" {formatting.percent(sparsity.zeros_percent)}" if sparsity.pattern != "dense" else ""
         cells = (row.name, row.role, f"{row.K} × {row.N}", sparsity.pattern + zeros, row.precision.dtype)
         table.add_row(*(Text(cell) for cell in cells))
-    return Group(table, Text(), reason_table(rows))
+    words = [pruning_words(rows), loss_words(pruning_section(pruning), None, None)]
+    return Group(table, Text(), reason_table(rows), *(Text(line) for line in words if line))
 
 
 def reason_table(layers: Sequence[LayerRow], *, most: int | None = None) -> Table:

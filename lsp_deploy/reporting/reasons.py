@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lsp_deploy.reporting.pruning_words import recovery_words
 from lsp_deploy.reporting.sections import LayerRow
 
-__all__ = ["ReasonGroup", "engine_groups", "precision_groups", "sparsity_groups", "without_outcome"]
+__all__ = ["ReasonGroup", "engine_groups", "precision_groups", "recovery_groups", "sparsity_groups", "without_outcome"]
 
 # A figure, not a part of a name: the 8 of int8, the 2 of 2:4 and the 0 of blocks.0 stay as they are.
 _FIGURE = re.compile(r"(?<![\w.:/\N{MINUS SIGN}-])-?\d+(?:\.\d+)?(?![\w:/]|\.\w)")
@@ -36,6 +37,11 @@ def sparsity_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
     return _groups((layer.sparsity.pattern, layer.sparsity.reason) for layer in layers)
 
 
+def recovery_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
+    """Group layers by what was done to their surviving weights, the largest group first."""
+    return _groups((_recovered(layer), recovery_words(layer) or "not pruned") for layer in layers)
+
+
 def engine_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
     """Group layers by what the engine runs and what there is to say about it, the largest group first."""
     return _groups((_ran(layer), _said(layer)) for layer in layers)
@@ -44,6 +50,12 @@ def engine_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
 def without_outcome(reason: str, outcome: str) -> str:
     """Return a reason without the outcome that it begins with, for a place where the outcome stands beside it."""
     return reason.removeprefix(f"{outcome}: ").removeprefix(f"left {outcome}: ")
+
+
+def _recovered(layer: LayerRow) -> str:
+    if layer.recovery.method == "reconstruct":
+        return "refitted"
+    return "dense" if layer.sparsity.pattern == "dense" else "masked"
 
 
 def _ran(layer: LayerRow) -> str:

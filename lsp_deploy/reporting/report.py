@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from lsp_deploy.reporting.sections import (
+    AttentionSection,
     BudgetSection,
     DataSection,
     EngineSection,
@@ -19,6 +20,7 @@ from lsp_deploy.reporting.sections import (
     OutputFile,
     PowerSection,
     ProfileRow,
+    PruningSection,
     RunSection,
     Section,
     SizeSection,
@@ -44,6 +46,8 @@ class Report(Section):
     size: SizeSection = Field(description="files before and after")
     flops: FlopsSection = Field(description="work before and after")
     layers: list[LayerRow] = Field(description="every linear layer, in graph order")
+    pruning: PruningSection | None = Field(None, description="how zeros were chosen; null where this run did not")
+    attention: AttentionSection | None = Field(None, description="attention maps; null where there are none to compare")
     fidelity: FidelitySection | None = Field(None, description="answers before and after; null: not measured")
     budget: BudgetSection | None = Field(None, description="the loss budget; null for a model without class output")
     profiles: list[ProfileRow] = Field(default_factory=list, description="latency before and after")

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from lsp_deploy.plan import Pattern
 
 __all__ = [
+    "AttentionBlock",
+    "AttentionSection",
     "Basis",
     "BudgetSection",
     "DataSection",
@@ -18,13 +20,17 @@ __all__ = [
     "FidelitySection",
     "FlopsSection",
     "HostSection",
+    "LayerBlocks",
     "LayerPrecision",
+    "LayerRecovery",
     "LayerRow",
     "LayerSparsity",
+    "LayerStructure",
     "ModelSection",
     "OutputFile",
     "PowerSection",
     "ProfileRow",
+    "PruningSection",
     "RunSection",
     "Section",
     "SizeSection",
@@ -110,7 +116,7 @@ class FlopsSection(Section):
     basis: Literal["counted"] = Field("counted", description="from shapes and masks; no device was timed")
     batch: int = Field(ge=1, description="samples per inference at the opt shapes")
     linear_dense_flops: int = Field(ge=0, description="sum of 2·M·K·N over all linear layers")
-    linear_remaining_flops: int = Field(ge=0, description="the same without multiplications by zeros of the masks")
+    linear_remaining_flops: int = Field(ge=0, description="the same without what masks and dead structure save")
     attention_flops: int = Field(ge=0, description="matmuls of two activations; no mask changes them")
     linear_remaining_fraction: float = Field(ge=0, le=1, description="what --flops counts: over linear layers")
     model_remaining_fraction: float = Field(ge=0, le=1, description="what --flops-of model counts: attention too")
@@ -126,6 +132,28 @@ class LayerSparsity(Section):
     reason: str = Field(description="why this and not more")
 
 
+class LayerRecovery(Section):
+    """What was done to the surviving weights; errors are relative, of samples held out from the fit, measured."""
+
+    method: Literal["none", "reconstruct"] = Field(description="none: the weights are the dense ones under the mask")
+    fits: str | None = Field(None, description="what of the dense model the new weights fit; null: nothing was fitted")
+    ridge: float | None = Field(None, description="strength of the pull to the old weights, in mean input energies")
+    error_before: float | None = Field(None, description="squared error of what is fitted, relative, before it")
+    error_after: float | None = Field(None, description="the same after it")
+    reason: str = Field(description="why this")
+
+
+class LayerBlocks(Section):
+    """A layer's δ-curve, raw as in Eq. 11 of the LSP paper, in units of the objective, and the point chosen on it."""
+
+    basis: Literal["estimated"] = Field("estimated", description="δ is to second order, of this layer alone")
+    total: int = Field(ge=0, description="blocks of the weight, counted")
+    removed: int = Field(ge=0, description="blocks that were removed, counted")
+    predicted_delta: float = Field(description="δ at the chosen point")
+    curve_removed: list[int] = Field(description="blocks removed at points of the curve, from 0 to all")
+    curve_delta: list[float] = Field(description="δ at these points")
+
+
 class LayerPrecision(Section):
     """Which element type a layer got, and why."""
 
@@ -133,6 +161,14 @@ class LayerPrecision(Section):
     dtype: str = Field(description="what the compressed model says")
     sqnr_db: float | None = Field(None, description="signal to noise of the layer's output in int8, measured")
     reason: str = Field(description="why this and not less")
+
+
+class LayerStructure(Section):
+    """What zeros left dead in a layer: neurons, heads, or all of it; removed from the graph where they could be."""
+
+    K: int = Field(ge=0, description="rows of W that are left in the compressed model; 0 if the layer is gone")
+    N: int = Field(ge=0, description="columns of W that are left; 0 if the layer is gone")
+    note: str = Field(description="what went and why, and which rows and columns of zeros stay")
 
 
 class EngineLayer(Section):
@@ -158,9 +194,55 @@ class LayerRow(Section):
     M: int = Field(description="rows of x at the opt shapes")
     flops: int = Field(description="2·M·K·N, dense, counted")
     sparsity: LayerSparsity = Field(description="its zeros")
+    recovery: LayerRecovery = Field(description="its surviving weights")
+    blocks: LayerBlocks | None = Field(None, description="what removing blocks does; null: not analysed")
+    structure: LayerStructure | None = Field(None, description="whole rows and columns of zeros; null: there are none")
     precision: LayerPrecision = Field(description="its element type")
     engine: EngineLayer = Field(description="what the engine really runs")
     time_ms: float | None = Field(None, description="on the target, measured; null: not measured")
+
+
+class PruningSection(Section):
+    """How zeros were chosen. What concerns blocks alone is null where none were analysed."""
+
+    basis: Literal["estimated"] = Field("estimated", description="the damage is predicted, to second order")
+    asked: str = Field(description="auto, 2:4 or block")
+    method: str | None = Field(None, description="score that the masks were chosen by")
+    objective: str | None = Field(None, description="what was differentiated: loss, top1, pseudo or output")
+    samples: int | None = Field(None, description="calibration samples it was measured on")
+    kappa: float | None = Field(None, description="κ of the empirical Fisher")
+    allocator: str | None = Field(None, description="exact or lsp")
+    search: str | None = Field(None, description="one-shot or gradual")
+    measure: str | None = Field(
+        None, description="what the budget counts: flops, latency_us, energy_uj, parameters or bytes"
+    )
+    keep_fraction: float | None = Field(None, description="of the dense model's measure that the budget leaves")
+    predicted_damage: float | None = Field(
+        None, description="sum over layers of the curve's damage at the chosen points, in units of the objective"
+    )
+    notes: list[str] = Field(default_factory=list, description="what to know of how this was found")
+
+
+class AttentionBlock(Section):
+    """Attention weights of one block; maps are base64 of uint8 [heads, rows, columns], 255 the tile's darkest."""
+
+    name: str = Field(description="of the Softmax in the dense model")
+    query: Literal["class token", "mean over all tokens"] = Field(description="which query the weights are of")
+    rows: int = Field(ge=1, description="of a map: the patch grid, or one row of all tokens")
+    columns: int = Field(ge=1, description="of a map")
+    heads_dense: int = Field(ge=0, description="heads of the dense model")
+    heads_compressed: int = Field(ge=0, description="heads of the compressed model; 0: the attention is gone")
+    inactive_dense: list[int] = Field(description="heads, from 0, that attend to all tokens alike, dense model")
+    inactive_compressed: list[int] = Field(description="the same of the compressed model")
+    dense: str = Field(description="maps of the dense model")
+    compressed: str = Field(description="maps of the compressed model")
+
+
+class AttentionSection(Section):
+    """What the heads attend to on one held-out sample, before and after."""
+
+    basis: Literal["measured"] = Field("measured", description="both models ran, in ONNX Runtime, in float32")
+    blocks: list[AttentionBlock] = Field(description="in graph order; of windowed attention the first window")
 
 
 class FidelitySection(Section):

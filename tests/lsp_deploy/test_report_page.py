@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from PIL import Image
-from report_samples import sample_engine, sample_plan, sample_report
+from report_samples import sample_attention, sample_engine, sample_plan, sample_pruning, sample_report
 
 from lsp_deploy.plan import Plan
-from lsp_deploy.reporting.figures import accuracy_axis, drop_axis, latency_groups, mask_thumbnails, wilson
+from lsp_deploy.reporting.figures import accuracy_axis, drop_axis, latency_groups, wilson
 from lsp_deploy.reporting.page import render_page
 from lsp_deploy.reporting.report import Report
 
@@ -59,12 +56,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return sample_plan(blocks=3, width=64)
+    return sample_plan(blocks=5, width=64, pattern="block")
 
 
 @pytest.fixture(scope="module")
 def report(plan: Plan) -> Report:
-    return sample_report(plan, engine=sample_engine(plan, other_precision=[plan.layers[2].name]))
+    engine = sample_engine(plan, other_precision=[plan.layers[2].name])
+    return sample_report(plan, engine=engine, pruning=sample_pruning(plan), attention=sample_attention(5))
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +85,8 @@ def test_nothing_is_loaded_from_elsewhere(html: str) -> None:
     for tag in ("link", "iframe", "object", "embed", "base", "form"):
         assert not page.all(tag)
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
+    assert all((image["href"] or "").startswith("data:image/png;base64,") for image in page.all("image"))
+    assert page.all("img") and page.all("image")
     assert all("src" not in script for script in page.all("script"))
 
 
@@ -143,6 +143,16 @@ def test_everything_that_a_reader_looks_for_is_there(html: str, report: Report) 
         "not the speed of a100",
         "Power not measured",
         "Time of each layer on a100: not measured",
+        "Loss: predicted 0.0312 nats of cross-entropy against the dense model's own answer (estimated)",
+        "found 0.78 points of top-1 (expectation over measured outputs)",
+        "exact allocator, one-shot search, down to 65 % of the dense model's FLOPs of linear layers",
+        "the predicted damage is small: one-shot",
+        "asked block, got block: asked for",
+        "refitted to the residual stream: relative error",
+        "masked weights kept: the error on held-out samples rose",
+        "removed (counted), δ",
+        "removed: nothing attends here any more",
+        "1 inactive head: 2",
     ):
         assert expected in text
     for layer in report.layers:
@@ -194,6 +204,8 @@ def test_reports_without_labels_classes_engine_or_masks(labelled: bool, classifi
     assert ("Top-1" in page.text) == (labelled and classifier)
     assert ("Same answer as dense" in page.text) == (classifier and not labelled)
     assert not page.all("img")
+    for absent in ("Block patterns", "δ-curves", "Attention before and after", "No attention maps", "2:4 in"):
+        assert absent not in page.text
 
 
 def test_a_report_without_fidelity_says_nothing_of_accuracy(plan: Plan) -> None:
@@ -205,41 +217,40 @@ def test_a_report_without_fidelity_says_nothing_of_accuracy(plan: Plan) -> None:
 def test_a_large_model_stays_below_two_megabytes() -> None:
     plan = sample_plan(blocks=37, width=256, pattern="block")
     assert len(plan.layers) == 150
-    assert len(render_page(sample_report(plan, engine=sample_engine(plan)), plan).encode()) < 2_000_000
+    report = sample_report(
+        plan, engine=sample_engine(plan), pruning=sample_pruning(plan), attention=sample_attention(37, heads=16)
+    )
+    assert len(render_page(report, plan).encode()) < 2_000_000
 
 
-def pixels(uri: str) -> np.ndarray:
-    image = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
-    return np.asarray(image.convert("RGBA"))[..., 3] / 255
+def test_a_plan_that_was_carried_out_shows_its_zeros_but_not_how_they_were_found(plan: Plan) -> None:
+    text = Page(render_page(sample_report(plan), plan)).text
+    assert "Block patterns" in text
+    assert "refitted to the layer output" in text
+    for absent in ("How zeros were chosen", "δ-curves", "Attention before and after", "No attention maps"):
+        assert absent not in text
 
 
-def test_thumbnails_of_two_four_show_the_first_entries(plan: Plan) -> None:
-    (first, *_) = mask_thumbnails(plan)
-    mask = plan.masks[first.name]
-    np.testing.assert_array_equal(pixels(first.uri), mask[:32, :32])
-    assert "50 % zeros" in first.description
+def test_attention_that_cannot_be_compared_is_explained(plan: Plan) -> None:
+    text = Page(render_page(sample_report(plan, pruning=sample_pruning(plan)), plan)).text
+    assert "No attention maps: they compare Softmax nodes" in text
 
 
-def test_thumbnails_of_blocks_show_one_pixel_a_block() -> None:
-    plan = sample_plan(blocks=1, width=256, pattern="block")
-    for thumbnail in mask_thumbnails(plan):
-        np.testing.assert_array_equal(pixels(thumbnail.uri), plan.masks[thumbnail.name][::32, ::32])
-        assert max(thumbnail.width, thumbnail.height) <= 96
+def test_two_four_layers_are_listed_not_drawn() -> None:
+    plan = sample_plan(blocks=2, width=64)
+    html = render_page(sample_report(plan), plan)
+    page = Page(html)
+    assert "2:4 in 8 layers" in page.text
+    assert not page.all("img")
+    (listed,) = re.findall(r"<details>(.*?)</details>", html, re.DOTALL)
+    assert listed.count("<li>") == 8
 
 
-def test_thumbnails_of_many_blocks_are_reduced_to_shares() -> None:
-    plan = sample_plan(blocks=1, width=64)
-    layer = plan.layers[1]
-    plan.block_shape, layer.sparsity.pattern = (1, 1), "block"
-    mask = np.zeros((128, 256), bool)
-    mask[:64] = True
-    mask[64:, ::2] = True
-    plan.masks.clear()
-    plan.masks[layer.name] = mask
-    shares = pixels(mask_thumbnails(plan)[0].uri)
-    assert shares.shape == (32, 64)
-    np.testing.assert_allclose(shares[:16], 1)
-    np.testing.assert_allclose(shares[16:], 0.5, atol=1 / 30)
+def test_layers_of_other_blocks_are_shown_on_demand(html: str) -> None:
+    inside = re.findall(r"<details>(.*?)</details>", html, re.DOTALL)
+    assert [part.count("<img") for part in inside] == [8, 0]
+    assert html.count("<img") == 20
+    assert "The other 8 layers" in Page(html).text
 
 
 def test_wilson_interval() -> None:

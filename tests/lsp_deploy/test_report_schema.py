@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 from pydantic import ValidationError
-from report_samples import sample_engine, sample_plan, sample_report
+from report_samples import sample_attention, sample_engine, sample_plan, sample_pruning, sample_report
 
 from lsp_deploy.files import sha256_of
 from lsp_deploy.plan import plan_schema
@@ -21,8 +21,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    plan = sample_plan(blocks=2, width=64)
-    return sample_report(plan, engine=sample_engine(plan))
+    plan = sample_plan(blocks=2, width=64, pattern="block")
+    return sample_report(
+        plan, engine=sample_engine(plan), pruning=sample_pruning(plan), attention=sample_attention(blocks=2)
+    )
 
 
 @pytest.mark.parametrize("name", ["report", "plan"])
@@ -73,12 +75,22 @@ def test_every_measured_number_has_its_unit_in_its_name() -> None:
         if '"number"' in json.dumps({key: value for key, value in field.items() if key != "additionalProperties"})
         and not name.endswith(UNITS)
     }
-    assert without == {"FidelitySection.cosine"}  # a cosine has none
+    # Ratios of like quantities have none; δ and the damage have the unit of the objective that stands beside them.
+    assert without == {
+        "FidelitySection.cosine",
+        "LayerBlocks.curve_delta",
+        "LayerBlocks.predicted_delta",
+        "LayerRecovery.error_after",
+        "LayerRecovery.error_before",
+        "LayerRecovery.ridge",
+        "PruningSection.kappa",
+        "PruningSection.predicted_damage",
+    }
 
 
-@pytest.mark.parametrize("part", ["size", "flops", "fidelity", "power", "run"])
+@pytest.mark.parametrize("part", ["size", "flops", "fidelity", "power", "run", "pruning", "attention"])
 def test_parts_with_numbers_say_where_they_come_from(report: Report, part: str) -> None:
-    assert json.loads(report.model_dump_json())[part]["basis"] in ("measured", "counted", "not measured")
+    assert json.loads(report.model_dump_json())[part]["basis"] in ("measured", "counted", "estimated", "not measured")
 
 
 def test_both_files_are_written_and_the_same_report_gives_the_same_bytes(report: Report, tmp_path: Path) -> None:
