@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from report_samples import sample_engine, sample_plan, sample_report
+from report_samples import sample_engine, sample_plan, sample_pruning, sample_report
 from rich.console import Console, RenderableType
 
 from lsp_deploy.reporting import formatting
@@ -105,6 +105,29 @@ def test_a_dry_run_names_every_layer_and_every_reason() -> None:
         assert layer.name in text
     assert "2:4 50 %" in text
     assert "the patch embedding is not pruned" in text
+
+
+def test_pruning_in_two_lines_beside_what_was_found() -> None:
+    plan = sample_plan(blocks=2, width=64, pattern="block")
+    report = sample_report(plan, pruning=sample_pruning(plan))
+    left = formatting.percent(100 * report.flops.linear_remaining_fraction)
+    text = printed(*summary_renderables(report))
+    assert max(map(len, text.splitlines()[:-10])) <= 80
+    for expected in (
+        "pruning: 8 of 10 linear layers (8 block);",
+        f"{left} of FLOPs left (counted); surviving weights refitted in 6",
+        "loss: predicted 0.0312 nats of cross-entropy against the dense model's own answer (estimated); "
+        "found 0.78 points of top-1 (expectation over measured outputs)",
+    ):
+        assert expected in flat(text)
+
+
+def test_a_dry_run_says_what_is_predicted_and_nothing_of_what_was_found() -> None:
+    plan = sample_plan(blocks=2, width=64, pattern="block")
+    text = flat(printed(plan_table(plan, sample_pruning(plan))))
+    assert "pruning: 8 of 10 linear layers (8 block);" in text
+    assert text.endswith("predicted 0.0312 nats of cross-entropy against the dense model's own answer (estimated)")
+    assert "predicted" not in flat(printed(plan_table(plan)))
 
 
 @pytest.mark.parametrize(
