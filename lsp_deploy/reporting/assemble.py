@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from lsp_deploy import __version__
 from lsp_deploy.plan import Plan
+from lsp_deploy.reporting.attention_levels import attention_section
 from lsp_deploy.reporting.judgement import budget_section, run_warnings
 from lsp_deploy.reporting.layer_rows import layer_rows
+from lsp_deploy.reporting.pruning_rows import pruning_section
 from lsp_deploy.reporting.report import Report
 from lsp_deploy.reporting.sections import (
     DataSection,
@@ -36,11 +38,13 @@ from lsp_deploy.reporting.sections import (
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from lsp_deploy.allocation.pruning import Pruning
     from lsp_deploy.data import Dataset
     from lsp_deploy.engines.fidelity import Fidelity
     from lsp_deploy.engines.profiler import Profile
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.recipe import Recipe
+    from lsp_deploy.steps.attention_maps import AttentionMaps
     from lsp_deploy.steps.building import Built
     from lsp_deploy.steps.calibration import CalibrationData
     from lsp_deploy.steps.measuring import Measured
@@ -63,9 +67,16 @@ def assemble(
     stage_seconds: Mapping[str, float],
     output: OutputFolder,
     command: str,
+    *,
+    pruning: Pruning | None = None,
+    attention: AttentionMaps | None = None,
 ) -> Report:
-    """Return the report of a run whose model, plan and engine are written into `output`."""
-    layers = layer_rows(plan, built.info)
+    """Return the report of a run whose model, plan and engine are written into `output`.
+
+    `pruning` is how the plan's zeros were found, None where a plan was carried out; `attention` is what the heads of
+    both models attend to, None where they cannot be compared.
+    """
+    layers = layer_rows(plan, built.info, pruning=pruning)
     budget = budget_section(measured.fidelity, recipe)
     profiles = [_profile(profile, label, target) for label, profile in measured.profiles.items()]
     return Report(
@@ -86,6 +97,8 @@ def assemble(
         size=_size(prepared, output),
         flops=_flops(prepared, plan),
         layers=layers,
+        pruning=pruning_section(pruning),
+        attention=attention_section(attention),
         fidelity=_fidelity(measured.fidelity),
         budget=budget,
         profiles=profiles,
