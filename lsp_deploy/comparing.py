@@ -220,9 +220,14 @@ def _layers(models: Mapping[str, ir.Model], shapes: Shapes, dataset: Dataset, th
     pairs = {
         layer.name: (str(layer.y.name), str(by_name[layer.name].y.name))
         for layer in found["dense"]
-        if layer.name in by_name
+        if layer.name in by_name and (by_name[layer.name].K, by_name[layer.name].N) == (layer.K, layer.N)
     }
     if not pairs:
-        raise UserError("--layers: the two models have no linear layer of the same name")
+        raise UserError("--layers: the two models have no linear layer of the same name and size")
+    if left_out := [layer.name for layer in found["dense"] if layer.name not in pairs]:
+        console.say(
+            f"--layers leaves out {len(left_out)} of {len(found['dense'])} linear layers, which the compressed model "
+            f"does not have or has in another size: {', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}"
+        )
     measured = layer_sqnr(twins["dense"], twins["compressed"], pairs, dataset, threads=threads)
     return [LayerFidelity(name=name, sqnr_db=value) for name, value in measured.items()]

@@ -94,7 +94,9 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         evaluator = _evaluator(prepared, data, options)
         plan = _plan(prepared, data, evaluator, recipe, target, options, decided)
     with stages.time("apply"):
-        compressed = apply_plan(prepared.canonical, plan, prepared.original_io, tensorrt=target.kind == "gpu")
+        shapes = prepared.shapes.opt
+        applied = apply_plan(prepared.canonical, plan, prepared.original_io, shapes, tensorrt=target.kind == "gpu")
+        compressed, removed = applied.model, applied.structure
         ValidateTargetPass(target.rules())(compressed)
     with stages.time("write"):
         output.make()
@@ -104,7 +106,9 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         built = build_engine(output, target, plan, prepared.shapes, wanted=options.build)
     with stages.time("measure"):
         measured = measure(prepared, compressed, evaluator, options.threads)
-    report = assemble(prepared, data, plan, target, recipe, built, measured, stages.seconds, output, options.command)
+    report = assemble(
+        prepared, data, plan, removed, target, recipe, built, measured, stages.seconds, output, options.command
+    )
     output.write_report(report, plan)
     return Outcome(report, plan, output.path, failures=[*built.failures, *_missed_budgets(report, recipe)])
 

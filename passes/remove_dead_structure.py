@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,10 +89,17 @@ class RemoveDeadStructurePass(ir.passes.InPlacePass):
     are left.
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Take concrete input shapes where more than the batch is dynamic."""
+    def __init__(self, shapes: Mapping[str, Sequence[int]] | None = None, rows_in_fours: Iterable[str] = ()) -> None:
+        """Take what the graph alone does not say.
+
+        Args:
+            shapes: concrete input shapes, where more than the batch is dynamic.
+            rows_in_fours: names of layers with 2:4 zeros, which lose rows in aligned groups of four only: any others
+                would shift the rest, and of four weights more than two could be left.
+        """
         super().__init__()
         self.shapes = shapes
+        self.rows_in_fours = frozenset(rows_in_fours)
         self.found = DeadStructure([], [])
         """Of the last call."""
 
@@ -105,7 +112,7 @@ class RemoveDeadStructurePass(ir.passes.InPlacePass):
         if not any(_has_zeros(node) for node in model.graph if is_linear(node)):
             self.found = DeadStructure([], [])
             return ir.passes.PassResult(model, modified=False)
-        removal = _Removal(model, graph_shapes(model, self.shapes))
+        removal = _Removal(model, graph_shapes(model, self.shapes), self.rows_in_fours)
         while removal.remove_zero_layers() | removal.remove_units():
             RemoveUnusedNodesPass()(model)
         self.found = removal.found()
@@ -123,9 +130,10 @@ class RemoveDeadStructurePass(ir.passes.InPlacePass):
 class _Removal:
     """The state of one call: shapes as they become, and what became of each layer."""
 
-    def __init__(self, model: ir.Model, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: ir.Model, shapes: dict[str, tuple[int, ...]], rows_in_fours: frozenset[str]) -> None:
         self._model, self._graph = model, model.graph
         self._shapes = shapes
+        self._rows_in_fours = rows_in_fours
         self._layers = {}
         for node in model.graph:
             if is_linear(node):
@@ -201,17 +209,25 @@ class _Removal:
         obstacles = [read.obstacle for read in constants.values() if read.obstacle is not None]
         for producer in region.producers:
             self._column_obstacles[producer] = next(iter(obstacles), what)
-        if not dead.any():
+        if dead.any() and not (dead := self._in_fours(region, dead)).any():
+            for node in (*region.consumers, *region.producers):
+                obstacle = f"the {unit}s that are dead are not four in a row, as the 2:4 zeros behind them need"
+                self._row_obstacles[node] = self._column_obstacles[node] = obstacle
+        gone = dead
+        if dead.all():
+            gone = dead.copy()
+            gone[0] = False  # one unit of nothing can stay, or four
+            gone = self._in_fours(region, gone)
+        if not gone.any():
             return False
         for consumer in region.consumers:
             self._fold(region, consumer, dead, constants.get(consumer))
         reason = f"{dead.sum()} of {region.count} {unit}s are dead"
         if dead.all():
-            # The constants are in the biases: what is left adds nothing, and one unit of nothing can stay.
+            # The constants are in the biases: what is left adds nothing.
             for consumer in region.consumers:
                 self._clear(consumer)
-            dead[0] = False
-        kept = np.flatnonzero(~dead)
+        kept = np.flatnonzero(~gone)
         for node in region.consumers:
             value = node.inputs[0]
             assert value is not None
@@ -224,6 +240,22 @@ class _Removal:
             layer.reasons.append(reason)
         drop_units(self._graph, region, kept, self._shapes)
         return True
+
+    def _in_fours(self, region: Region, dead: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which of the `dead` units can go, where layers that read them lose rows in fours only."""
+        for node in region.consumers:
+            if node.name in self._rows_in_fours:
+                value = node.inputs[0]
+                assert value is not None
+                channels = region.axes[value]
+                rows = channels.outer * channels.step
+                whole = np.zeros(-(-rows // 4) * 4, bool)
+                whole[channels.entries(np.flatnonzero(dead))] = True
+                whole = np.repeat(whole.reshape(-1, 4).all(axis=1), 4)[:rows]
+                can_go = np.asarray(whole.reshape(channels.outer, channels.count, channels.inner).all(axis=(0, 2)))
+                if not can_go[dead].all():
+                    return self._in_fours(region, dead & can_go)  # fewer of them, for all readers
+        return dead
 
     def _fold(self, region: Region, node: ir.Node, dead: NDArray[np.bool_], read: ConsumerInput | None) -> None:
         """Add what dead units give, which is constant, to the bias of the layer that reads it."""

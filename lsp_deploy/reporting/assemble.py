@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsp_deploy import __version__
-from lsp_deploy.plan import Plan
+from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.reporting.attention_levels import attention_section
 from lsp_deploy.reporting.judgement import budget_section, run_warnings
 from lsp_deploy.reporting.layer_rows import layer_rows
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lsp_deploy.engines.fidelity import Fidelity
     from lsp_deploy.engines.profiler import Profile
     from lsp_deploy.hardware.target import Target
+    from lsp_deploy.passes.remove_dead_structure import DeadStructure, SmallerLayer
     from lsp_deploy.recipe import Recipe
     from lsp_deploy.steps.attention_maps import AttentionMaps
     from lsp_deploy.steps.building import Built
@@ -60,6 +61,7 @@ def assemble(
     prepared: PreparedModel,
     data: CalibrationData,
     plan: Plan,
+    removed: DeadStructure,
     target: Target,
     recipe: Recipe,
     built: Built,
@@ -76,7 +78,7 @@ def assemble(
     `pruning` is how the plan's zeros were found, None where a plan was carried out; `attention` is what the heads of
     both models attend to, None where they cannot be compared.
     """
-    layers = layer_rows(plan, built.info, pruning=pruning)
+    layers = layer_rows(plan, built.info, removed, pruning)
     budget = budget_section(measured.fidelity, recipe)
     profiles = [_profile(profile, label, target) for label, profile in measured.profiles.items()]
     return Report(
@@ -95,7 +97,7 @@ def assemble(
         ),
         data=_data(prepared, data, recipe),
         size=_size(prepared, output),
-        flops=_flops(prepared, plan),
+        flops=_flops(prepared, plan, removed),
         layers=layers,
         pruning=pruning_section(pruning),
         attention=attention_section(attention),
@@ -187,9 +189,10 @@ def _written_model(output: OutputFolder) -> list[Path]:
     return [path for path in (output.model, output.model.with_name(f"{output.model.name}.data")) if path.exists()]
 
 
-def _flops(prepared: PreparedModel, plan: Plan) -> FlopsSection:
+def _flops(prepared: PreparedModel, plan: Plan, removed: DeadStructure) -> FlopsSection:
     dense = sum(layer.flops for layer in plan.layers)
-    remaining = round(sum(layer.flops * (1 - layer.sparsity.zeros) for layer in plan.layers))
+    smaller = {layer.name: layer for layer in removed.removed}
+    remaining = round(sum(_remaining_flops(layer, plan, smaller.get(layer.name)) for layer in plan.layers))
     attention = prepared.attention_flops
     return FlopsSection(
         batch=next(iter(prepared.shapes.opt.values()))[0],
@@ -199,6 +202,15 @@ def _flops(prepared: PreparedModel, plan: Plan) -> FlopsSection:
         linear_remaining_fraction=remaining / dense,
         model_remaining_fraction=(remaining + attention) / (dense + attention),
     )
+
+
+def _remaining_flops(layer: LayerPlan, plan: Plan, smaller: SmallerLayer | None) -> float:
+    if smaller is None:
+        return layer.flops * (1 - layer.sparsity.zeros)
+    K, N = smaller.after
+    mask = plan.masks.get(layer.name)
+    weights = K * N if mask is None else int(mask[smaller.rows][:, smaller.columns].sum())
+    return 2 * layer.M * weights
 
 
 def _fidelity(fidelity: Fidelity) -> FidelitySection:

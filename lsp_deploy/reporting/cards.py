@@ -195,9 +195,11 @@ def _engine(report: Report) -> Card:
 
 def as_asked_words(report: Report) -> str:
     """Return how many layers the engine runs in the type that was asked for, and of how many that is not known."""
-    answers = Counter(layer.engine.matches_request for layer in report.layers)
+    left = [layer for layer in report.layers if not layer.gone]
+    answers = Counter(layer.engine.matches_request for layer in left)
     unknown = f", {answers[None]} not known" if answers[None] else ""
-    return f"{answers[True]} of {formatting.count(len(report.layers), 'linear layer')} run as asked{unknown}"
+    gone = f", {len(report.layers) - len(left)} gone from the model" if len(left) < len(report.layers) else ""
+    return f"{answers[True]} of {formatting.count(len(left), 'linear layer')} run as asked{unknown}{gone}"
 
 
 def _samples(fidelity: FidelitySection) -> str:

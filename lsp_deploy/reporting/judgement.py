@@ -68,9 +68,9 @@ def run_warnings(
             f"the engine computes {len(other)} of {len(layers)} linear layers in another element type than asked: "
             f"{other[0].name}: {other[0].engine.note}{' and others' if len(other) > 1 else ''}"
         )
-    left = [layer for layer in layers if layer.structure is None or layer.structure.K > 0]
+    left = [layer for layer in layers if not layer.gone]
     if any(layer.sparsity.pattern == "block" for layer in left):
-        which = "block zeros" if len(left) == len(layers) else "the block zeros that are left"
+        which = "block zeros" if all(layer.structure is None for layer in layers) else "the block zeros that are left"
         warnings.append(f"no engine gains from {which} yet: they stay in ordinary MatMuls, at the dense speed")
     gain_nothing = sum(layer.engine.uses_two_four is False for layer in layers)
     if gain_nothing and built.info is not None:

@@ -60,6 +60,8 @@ def _recovered(layer: LayerRow) -> str:
 
 def _ran(layer: LayerRow) -> str:
     engine = layer.engine
+    if layer.gone:
+        return "gone"
     return "not known" if engine.precision is None else f"{engine.precision} {engine.kind}"
 
 

@@ -201,6 +201,11 @@ class LayerRow(Section):
     engine: EngineLayer = Field(description="what the engine really runs")
     time_ms: float | None = Field(None, description="on the target, measured; null: not measured")
 
+    @property
+    def gone(self) -> bool:
+        """Whether the compressed model does not have the layer any more."""
+        return self.structure is not None and self.structure.K == 0
+
 
 class PruningSection(Section):
     """How zeros were chosen. What concerns blocks alone is null where none were analysed."""

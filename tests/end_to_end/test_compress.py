@@ -121,7 +121,11 @@ def test_block_sparsity_reaches_the_flops_target(run, bare: Path) -> None:
     assert result.code == 0, result.err
     out = bare.parent / f"{bare.stem}-a100"
     report = json.loads((out / "report.json").read_text())
-    assert report["flops"]["linear_remaining_fraction"] == pytest.approx(0.7, abs=0.03)
+    dense = sum(layer["flops"] for layer in report["layers"])
+    unmasked = sum(layer["flops"] * (1 - layer["sparsity"]["zeros_percent"] / 100) for layer in report["layers"])
+    assert unmasked / dense == pytest.approx(0.7, abs=0.03)
+    # Masks that leave neurons or heads dead save what else these have, too.
+    assert report["flops"]["linear_remaining_fraction"] <= unmasked / dense + 1e-6
     assert any("no engine gains from block zeros yet" in layer["sparsity"]["reason"] for layer in report["layers"])
 
 

@@ -123,6 +123,21 @@ def test_any_dead_neurons(columns: set[int], rows: set[int]) -> None:
     assert shapes(found) == (expected if dead < 12 else {"m": (0, 0), "n": (0, 0)})
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.sets(st.integers(0, 11)))
+def test_layer_with_two_four_zeros_loses_rows_in_fours(columns: set[int]) -> None:
+    before = mlp(w1=without(normal(8, 12), columns=columns))
+    model = before.clone()
+    removal = RemoveDeadStructurePass(rows_in_fours=["n"])
+    removal(model)
+    assert_same_outputs(before, model)
+    dead = [row for first in (0, 4, 8) for row in range(first, first + 4) if set(range(first, first + 4)) <= columns]
+    left = {layer.name: layer.rows.tolist() for layer in removal.found.removed}
+    assert left.get("n", list(range(12))) == [row for row in range(12) if row not in dead]
+    if columns and not dead:
+        assert "four in a row" in removal.found.kept[0].reason
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 @pytest.mark.parametrize("bias", [", b1", ""])
 def test_gemm(transposed: int, bias: str) -> None:
@@ -250,6 +265,14 @@ def test_layer_of_zeros_that_gives_an_output_keeps_its_shape() -> None:
     found = removed(model)
     assert shapes(found) == {"m": (8, 1), "n": (1, 8)}
     assert "output" in found.kept[0].reason
+
+
+def test_last_group_of_four_stays_where_the_output_needs_a_layer() -> None:
+    model = mlp(y="y = Mul(o, b2)", w2=np.zeros((12, 8), np.float32))
+    removal = RemoveDeadStructurePass(rows_in_fours=["n"])
+    removal(model)
+    assert shapes(removal.found) == {"m": (8, 4), "n": (4, 8)}
+    assert not RemoveDeadStructurePass(rows_in_fours=["n"])(model).modified
 
 
 HEADS, WIDTH = 3, 12
