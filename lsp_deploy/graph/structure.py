@@ -42,6 +42,8 @@ class StructureGroup:
     and rows of fc2, or columns of v and rows of proj. The group is dead once the blocks of one side of it are zero."""
     free: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     """Likewise: the columns of q and k, which nothing reads any more once the head is dead."""
+    readers: frozenset[str] = frozenset()
+    """Of the layers of `blocks`, those behind the units: their blocks are rows."""
 
 
 def structure_groups(
@@ -150,9 +152,10 @@ def _groups(
         axis = region.axes[_x(node)]
         deciding.append(_Strips(layers[node], True, _strips(axis, block[0], range(axis.outer))))
     everyone = set(range(region.count))
+    readers = frozenset(layers[node].name for node in region.consumers)
     groups = []
     for members in _together(region.count, [strips.of_unit for strips in deciding]):
-        group = StructureGroup(unit, tuple(members))
+        group = StructureGroup(unit, tuple(members), readers=readers)
         for strips in deciding:
             _add(group.blocks, strips.layer.name, strips.blocks(members, block))
         for strips in following:
