@@ -132,13 +132,13 @@ def compress(
         save_recipe_file(merged, save_recipe)
     options = RunOptions(output, not no_build, jobs or available_cores(), force, plan, shlex.join(sys.argv[1:]))
     if dry_run:
-        decided = plan_only(model, merged, options)
+        decided, pruning = plan_only(model, merged, options)
         if json:
             _print_json(decided.model_dump(mode="json"))
         else:
             from lsp_deploy.reporting.plan_table import plan_table
 
-            console.show(plan_table(decided))
+            console.show(plan_table(decided, pruning))
         return
     outcome = run(model, merged, options)
     _show(outcome.report, json)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from lsp_deploy import console
 from lsp_deploy.errors import UserError
 from lsp_deploy.plan import Plan, load_plan, save_plan
-from lsp_deploy.recipe import Recipe
+from lsp_deploy.recipe import AMOUNTS, Recipe
 
 if TYPE_CHECKING:
+    from lsp_deploy.allocation.pruning import Pruning
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.reporting.report import Report
     from lsp_deploy.steps.calibration import CalibrationData
@@ -70,6 +71,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
     from lsp_deploy.passes.validate_target import ValidateTargetPass
     from lsp_deploy.reporting.assemble import assemble
     from lsp_deploy.steps.apply import apply_plan
+    from lsp_deploy.steps.attention_maps import attention_maps
     from lsp_deploy.steps.building import build_engine
     from lsp_deploy.steps.measuring import measure
     from lsp_deploy.steps.output_folder import OutputFolder
@@ -92,7 +94,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         console.say(note)
     with stages.time("analyse and decide"):
         evaluator = _evaluator(prepared, data, options)
-        plan = _plan(prepared, data, evaluator, recipe, target, options, decided)
+        plan, pruning = _plan(prepared, data, evaluator, recipe, target, options, decided)
     with stages.time("apply"):
         shapes = prepared.shapes.opt
         applied = apply_plan(prepared.canonical, plan, prepared.original_io, shapes, tensorrt=target.kind == "gpu")
@@ -106,15 +108,21 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         built = build_engine(output, target, plan, prepared.shapes, wanted=options.build)
     with stages.time("measure"):
         measured = measure(prepared, compressed, evaluator, options.threads)
+        attention = None
+        if plan.masks:
+            first = evaluator.held_out.feeds(range(evaluator.batch) if prepared.fixed_batch else [0])
+            attention = attention_maps(prepared.canonical, compressed, first, threads=options.threads)
     report = assemble(
-        prepared, data, plan, removed, target, recipe, built, measured, stages.seconds, output, options.command
+        *(prepared, data, plan, removed, target, recipe, built, measured, stages.seconds, output, options.command),
+        pruning=pruning,
+        attention=attention,
     )
     output.write_report(report, plan)
     return Outcome(report, plan, output.path, failures=[*built.failures, *_missed_budgets(report, recipe)])
 
 
-def dry_run(model: Path, recipe: Recipe, options: RunOptions) -> Plan:
-    """Return the plan that `compress` would carry out; writes nothing."""
+def dry_run(model: Path, recipe: Recipe, options: RunOptions) -> tuple[Plan, Pruning | None]:
+    """Return the plan that `compress` would carry out, and how its zeros were found; writes no output."""
     from lsp_deploy.hardware.target import load_target
     from lsp_deploy.steps.preparation import prepare
 
@@ -171,11 +179,11 @@ def _plan(
     target: Target,
     options: RunOptions,
     decided: Plan | None,
-) -> Plan:
+) -> tuple[Plan, Pruning | None]:
     from lsp_deploy.steps.planning import make_plan, replay_plan
 
     if decided is not None and options.plan is not None:
-        return replay_plan(decided, prepared, target, options.plan)
+        return replay_plan(decided, prepared, target, options.plan), None
     return make_plan(prepared, data, evaluator, recipe, target, options.threads)
 
 
@@ -203,7 +211,10 @@ def check_replay_flags(recipe_flags: dict[str, object]) -> None:
     Raises:
         UserError: naming the flag.
     """
-    fixed = ("precision", "sparsity", "block", "flops", "flops_of", "samples", "seed", "recover", "io_types")
+    fixed = (
+        *("precision", "sparsity", "block", *AMOUNTS, "flops_of", "samples", "seed", "recover", "io_types"),
+        *("objective", "allocator", "power_weight", "search", "min_density", "exclude", "prefer_structure", "basis"),
+    )
     for name in fixed:
         if recipe_flags.get(name) is not None:
             raise UserError(

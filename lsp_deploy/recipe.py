@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "AMOUNTS",
     "BLOCK_SHAPES",
     "FOUND_RECIPE",
     "PATH_KEYS",
@@ -39,8 +40,20 @@ NAMED_DATA = ("synthetic", "random")
 _BELONGS_TO = {
     "calibration_data": ("labels",),
     "eval_data": ("eval_labels",),
-    "sparsity": ("block", "flops", "flops_of"),
+    "sparsity": (
+        "block",
+        "flops",
+        "flops_of",
+        "max_latency_ms",
+        "max_energy_mj",
+        "max_parameters",
+        "max_size_mb",
+        "min_density",
+        "prefer_structure",
+    ),
 }
+# How much block sparsity removes: each is a budget in a unit of its own.
+AMOUNTS = ("flops", "max_latency_ms", "max_energy_mj", "max_parameters", "max_size_mb")
 PATH_KEYS = ("calibration_data", "labels", "eval_data", "eval_labels")
 
 
@@ -98,13 +111,77 @@ class Recipe(BaseModel):
         None, description="Shapes that engines are tuned for and estimates are at.  [default: batch 8]"
     )
     max_shapes: str | None = Field(None, description="Largest input shapes.  [default: batch 32]")
-    recover: Literal["none", "reconstruct", "finetune"] = Field(
-        "none", description="How lost accuracy is won back. Only `none` in this version."
+    recover: Literal["none", "reconstruct", "finetune"] | None = Field(
+        None,
+        description="How lost accuracy is won back: reconstruct solves for the surviving weights layer by layer, "
+        "without training.  [default: reconstruct with real calibration data, else none]",
+    )
+    basis: Literal["keep", "change"] | None = Field(
+        None,
+        description="Let hidden channels change their basis before pruning: the model computes the same, and its zeros "
+        "cost less.  [default: change where weights are reconstructed]",
+    )
+    objective: Literal["loss", "top1", "pseudo", "output"] | None = Field(
+        None,
+        description="What block scores differentiate: loss (with labels), top1 (against the dense model's own answer), "
+        "pseudo (a sampled class), output (a random projection of all outputs).  "
+        "[default: loss with labels, else top1; output for a model without class scores]",
+    )
+    allocator: Literal["exact", "lsp"] = Field(
+        "exact",
+        description="How zeros are dealt out to layers: exact (one price for all), or lsp (Eq. 11 of the paper).",
+    )
+    power_weight: float = Field(1.0, description="Weight of the power term, for --allocator lsp; 0 leaves it out.")
+    search: Literal["auto", "one-shot", "gradual"] = Field(
+        "auto",
+        description="one-shot prunes once; gradual in steps, scores and weights renewed at each. "
+        "auto: one-shot where the predicted damage is small.",
+    )
+    max_latency_ms: float | None = Field(
+        None, description="Block sparsity: largest estimated latency on the target at the opt shapes, ms."
+    )
+    max_energy_mj: float | None = Field(
+        None, description="Block sparsity: largest estimated energy of an inference at the opt shapes, mJ."
+    )
+    max_parameters: int | None = Field(
+        None, description="Block sparsity: most entries of all linear layers' weights that may be other than zero."
+    )
+    max_size_mb: float | None = Field(
+        None, description="Block sparsity: largest size of the linear layers' surviving weights in the file, MB."
+    )
+    min_density: float = Field(0.0, description="Smallest fraction of its blocks that a layer keeps, 0 to 1.")
+    exclude: str | None = Field(None, description="Regular expression; layers whose name it finds are not pruned.")
+    prefer_structure: bool = Field(
+        False, description="Prefer to remove whole neurons and attention heads, which leave the graph for good."
     )
     io_types: Literal["keep", "target"] = Field(
         "keep", description="Element types of the model's inputs and outputs: as they were, or the target's."
     )
     seed: int = Field(0, description="Seed of everything that draws; the same command gives the same bytes.")
+
+    @field_validator("exclude")
+    @classmethod
+    def _is_a_pattern(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is a regular expression; got {value!r}: {error}") from error
+        return value
+
+    @field_validator("min_density", "power_weight")
+    @classmethod
+    def _not_negative(cls, value: float) -> float:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"is a number of 0 or more; got {value:g}")
+        return value
+
+    @field_validator("max_latency_ms", "max_energy_mj", "max_parameters", "max_size_mb")
+    @classmethod
+    def _above_zero(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"is a number above 0; got {value:g}")
+        return value
 
     @field_validator("flops")
     @classmethod
@@ -148,9 +225,10 @@ class Recipe(BaseModel):
             (self.precision == "int4", "--precision int4 comes with a later version; use int8, fp16 or auto"),
             (self.precision == "fp8", "--precision fp8 comes with a later version; use int8, fp16 or auto"),
             (
-                self.recover != "none",
-                f"--recover {self.recover} comes with a later version; this one compresses without recovery: use none",
+                self.recover == "finetune",
+                "--recover finetune comes with a later version; use reconstruct or none",
             ),
+            *self._checks_of_pruning(),
             (
                 self.block is not None and self.sparsity != "block",
                 f"--block is for --sparsity block, not for --sparsity {self.sparsity}; leave one of them out",
@@ -177,6 +255,34 @@ class Recipe(BaseModel):
             if wrong:
                 raise ValueError(message)
         return self
+
+    def _checks_of_pruning(self) -> list[tuple[bool, str]]:
+        amounts = [f"--{name.replace('_', '-')}" for name in AMOUNTS if getattr(self, name) is not None]
+        resources = [name for name in amounts if name != "--flops"]
+        return [
+            (len(amounts) > 1, f"{' and '.join(amounts)} are budgets for one and the same choice; give one of them"),
+            (
+                bool(resources) and self.sparsity != "block",
+                f"{'/'.join(resources)} is for --sparsity block, not for --sparsity {self.sparsity}",
+            ),
+            (self.min_density > 1, f"--min-density is a fraction of blocks, 0 to 1; got {self.min_density:g}"),
+            (
+                self.min_density > 0 and self.sparsity != "block",
+                f"--min-density is for --sparsity block, not for --sparsity {self.sparsity}",
+            ),
+            (
+                self.prefer_structure and self.sparsity != "block",
+                f"--prefer-structure is for --sparsity block, not for --sparsity {self.sparsity}",
+            ),
+            (
+                "power_weight" in self.model_fields_set and self.allocator != "lsp",
+                "--power-weight is a term of --allocator lsp; give that too, or leave it out",
+            ),
+            (
+                bool(resources) and self.allocator == "lsp",
+                f"--allocator lsp knows a FLOPs target only; leave out {'/'.join(resources)} or use --allocator exact",
+            ),
+        ]
 
     @property
     def block_shape(self) -> tuple[int, int]:

@@ -23,11 +23,12 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
     ]
     flags: list[inspect.Parameter] = []
     for name, field in Recipe.model_fields.items():
-        kind = {float: float, int: int}.get(_scalar_type(field.annotation), str)
+        kind = _scalar_type(field.annotation)
         default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
         choices = _choices(field.annotation)
+        flag = f"--{name.replace('_', '-')}"
         option = typer.Option(
-            f"--{name.replace('_', '-')}",
+            *([flag, f"--no-{flag[2:]}"] if kind is bool else [flag]),
             help=f"{field.description}{default}",
             metavar="|".join(choices) if choices else _METAVARS.get(name),
             show_default=False,
@@ -51,6 +52,13 @@ _METAVARS = {
     "block": "KxN",
     "flops": "FRACTION",
     "max_drop": "POINTS",
+    "power_weight": "FACTOR",
+    "max_latency_ms": "MS",
+    "max_energy_mj": "MJ",
+    "max_parameters": "N",
+    "max_size_mb": "MB",
+    "min_density": "FRACTION",
+    "exclude": "REGEX",
     "calibration_data": "PATH|synthetic|random",
     "labels": "CSV",
     "label_column": "NAME",
@@ -66,9 +74,11 @@ _METAVARS = {
 
 
 def _choices(annotation: Any) -> list[str]:
-    return [str(value) for value in getattr(annotation, "__args__", ()) if isinstance(value, str)]
+    """Return the words of a Literal, or of one that may be left out."""
+    members = [annotation, *getattr(annotation, "__args__", ())]
+    return [value for member in members for value in getattr(member, "__args__", ()) if isinstance(value, str)]
 
 
 def _scalar_type(annotation: Any) -> type:
     members = [annotation, *getattr(annotation, "__args__", ())]
-    return float if float in members else int if int in members else str
+    return next((kind for kind in (bool, float, int) if kind in members), str)

@@ -40,7 +40,7 @@ class ReplaceParametersPass(ir.passes.InPlacePass):
                 _replace_weight(model.graph, name, node, weight)
             if (bias := plan.biases.get(name)) is not None:
                 _replace_bias(model.graph, name, node, bias)
-        for place, array in plan.constants.items():
+        for place, array in sorted(plan.constants.items()):
             _replace_constant(model.graph, place, array)
         return ir.passes.PassResult(model, modified=bool(changed or plan.constants))
 

@@ -62,6 +62,8 @@ class Pruning:
     """By layer name: [K, N], where they are other than the masked dense ones."""
     biases: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """By layer name: [N], where they changed."""
+    constants: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """By `node:input`: other constants that changed."""
     recoveries: dict[str, RecoveryDecision] = field(default_factory=dict)
     """By layer name."""
     reasons: dict[str, str] = field(default_factory=dict)
@@ -77,8 +79,15 @@ class Pruning:
 class Pruner(Protocol):
     """Finds zeros; the same question has the same answer."""
 
+    @property
+    def asked_keep(self) -> float | None:
+        """The fraction of the dense measure that the recipe's budget leaves; None without a budget."""
+
     def two_four(self, names: Collection[str], asked: str) -> Pruning:
         """Prune the named layers to 2:4."""
+
+    def two_four_damages(self, names: Collection[str]) -> dict[str, float]:
+        """Predict what 2:4 in each of the named layers alone does to the objective, before recovery."""
 
     def blocks(self, keep: float) -> Pruning:
         """Prune blocks until the fraction `keep` of the budget's measure remains."""
@@ -90,6 +99,7 @@ def adopt(plan: Plan, pruning: Pruning) -> Plan:
     adopted.masks.update(pruning.masks)
     adopted.weights.update(pruning.weights)
     adopted.biases.update(pruning.biases)
+    adopted.constants.update(pruning.constants)
     for layer in adopted.layers:
         if layer.name in pruning.reasons:
             mask = pruning.masks.get(layer.name)

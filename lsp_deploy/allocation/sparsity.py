@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lsp_deploy.allocation.masks import activation_score, block_mask, two_four_mask
+from lsp_deploy.allocation.masks import activation_score, two_four_mask
 from lsp_deploy.allocation.precision import COMPRESSIBLE_ROLES
 from lsp_deploy.plan import SparsityDecision
 from lsp_deploy.sensitivity.quantization import output_sqnr_db
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.sensitivity.activations import ActivationStatistics
 
-__all__ = ["MaskedLayer", "block_layer", "cannot_have_blocks", "cannot_have_two_four", "does_not_pay", "two_four_layer"]
+__all__ = ["METHOD", "MaskedLayer", "cannot_have_two_four", "dense", "does_not_pay", "two_four_layer"]
 
 METHOD = "activation"  # |W|·‖x‖
 
@@ -39,18 +39,11 @@ class MaskedLayer:
 
 def cannot_have_two_four(layer: LinearLayer) -> str | None:
     """Return why a layer cannot be pruned to 2:4, or None."""
-    if (reason := cannot_have_blocks(layer)) is not None:
-        return reason
-    if layer.K % 4:
-        return f"left dense: K = {layer.K} is not a multiple of 4"
-    return None
-
-
-def cannot_have_blocks(layer: LinearLayer) -> str | None:
-    """Return why a layer is not pruned at all, or None."""
     if layer.role not in COMPRESSIBLE_ROLES:
         names = {"patch": "the patch embedding", "head": "the head"}
-        return f"left dense: {names.get(layer.role, 'a layer outside attention and MLP')} is not pruned"
+        return f"left dense: {names.get(layer.role, 'a layer outside attention and MLP')} is not pruned to 2:4"
+    if layer.K % 4:
+        return f"left dense: K = {layer.K} is not a multiple of 4"
     return None
 
 
@@ -70,13 +63,6 @@ def does_not_pay(layer: LinearLayer, target: Target, pattern: str) -> str | None
 def two_four_layer(weight: NDArray[np.float32], statistics: ActivationStatistics) -> MaskedLayer:
     """Prune W [K, N] to 2:4 along K by |W|·‖x‖."""
     return _masked(weight, statistics, two_four_mask(activation_score(weight, statistics.channel_norm)))
-
-
-def block_layer(
-    weight: NDArray[np.float32], statistics: ActivationStatistics, block: tuple[int, int], keep: float
-) -> MaskedLayer:
-    """Prune W [K, N] to the fraction `keep` of its blocks, by the mean of |W|·‖x‖ over each."""
-    return _masked(weight, statistics, block_mask(activation_score(weight, statistics.channel_norm), block, keep))
 
 
 def dense(asked: str, reason: str) -> SparsityDecision:

@@ -36,8 +36,8 @@ class FitSettings:
 
     ridge_of_branch_ends: float = 2.0
     """Of layers that end in a residual Add and fit the dense stream, in mean input energies."""
-    ridge_of_others: float = 20.0
-    """Of layers that fit the dense layer's own output: they correct nothing that earlier layers lost."""
+    ridge_of_others: float = 0.5
+    """Of layers that fit the dense layer's own output."""
     token_mix: float = 0.5
     """Share of the gradient's token weights; the rest weighs all tokens alike."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lsp_deploy.allocation.decide import DEFAULT_MAX_DROP
+from lsp_deploy.allocation.question import DEFAULT_MAX_DROP
 from lsp_deploy.reporting.cards import budget_words
 from lsp_deploy.reporting.layer_rows import WITHOUT_TWO_FOUR
 from lsp_deploy.reporting.sections import BudgetSection, LayerRow

@@ -74,6 +74,7 @@ def collect_block_gradients(
     device: str = "cpu",
     show_progress: bool = True,
     observe: Observer | None = None,
+    weights: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> GradientFiles:
     """Run every sample forward and backward once and gather A and the Taylor scores of all layers.
 
@@ -93,6 +94,8 @@ def collect_block_gradients(
         layouts: how the rows of a layer hold the samples; one after the other where it is not said.
         device: torch device.
         show_progress: whether the user is shown how far it is.
+        weights: what takes W's place in A, [K, N] by layer name, where that is not the layer's weight: the part of it
+            that a mask removes, say. The module runs with its own.
         observe: also shown the gradients at every layer's output; not called for what the folder already holds.
 
     Returns:
@@ -107,7 +110,8 @@ def collect_block_gradients(
     if files.complete:
         return files
     collectors = [
-        _Collector(group, block, files, index, layouts or {}, device, observe) for index, group in enumerate(groups)
+        _Collector(group, block, files, index, layouts or {}, device, observe, (weights or {}).get(group[0].name))
+        for index, group in enumerate(groups)
     ]
     module.requires_grad_(False)
     module.to(device)
@@ -186,6 +190,7 @@ class _Collector:
         layouts: Mapping[str, Layout],
         device: str,
         observe: Observer | None,
+        weight: NDArray[np.float32] | None,
     ) -> None:
         self.observe = observe
         self.layers = layers
@@ -193,7 +198,7 @@ class _Collector:
         self.files = files
         self.index = index
         self.layouts = layouts
-        self.weight = torch.from_numpy(layers[0].weight()).to(device)
+        self.weight = torch.from_numpy(layers[0].weight() if weight is None else weight).to(device)
         self.chunk_bytes = _CHUNK_BYTES.get(torch.device(device).type, _CHUNK_BYTES["cuda"])
         self.uses: list[tuple[torch.Tensor, torch.Tensor]] = []
 

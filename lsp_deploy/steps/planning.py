@@ -9,18 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsp_deploy import console
-from lsp_deploy.allocation.decide import Question, decide, set_weight_scales
+from lsp_deploy.allocation.decide import decide
 from lsp_deploy.allocation.masks import block_mask, magnitude_score, two_four_mask
+from lsp_deploy.allocation.question import Question, set_weight_scales
 from lsp_deploy.errors import UserError
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.sensitivity.activations import ActivationStatistics, collect_activations
-from lsp_deploy.sensitivity.quantization import activation_grid
 from lsp_deploy.steps.apply import apply_decisions
 from lsp_deploy.steps.evaluation import Evaluator
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from lsp_deploy.allocation.pruning import Pruning
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.recipe import Recipe
     from lsp_deploy.steps.calibration import CalibrationData
@@ -31,13 +32,19 @@ __all__ = ["batch_size", "make_plan", "replay_plan"]
 
 def make_plan(
     prepared: PreparedModel, data: CalibrationData, evaluator: Evaluator, recipe: Recipe, target: Target, threads: int
-) -> Plan:
-    """Measure the model on the calibration data and decide every layer.
+) -> tuple[Plan, Pruning | None]:
+    """Measure the model on the calibration data and decide every layer; also returns how its zeros were found."""
+    from lsp_deploy.steps.pruning import choose_pruner
 
-    After pruning, the inputs of the layers are no longer the dense model's: int8 scales are calibrated again.
-    """
-    statistics = _statistics(prepared.canonical, prepared, data, threads)
-    plan = decide(
+    choice = choose_pruner(prepared, data, recipe, target, threads)
+
+    def statistics(plan: Plan) -> dict[str, ActivationStatistics]:
+        unquantized = plan.branch()
+        for layer in unquantized.layers:
+            layer.precision.dtype = plan.compute_type
+        return _statistics(apply_decisions(prepared.canonical, unquantized), prepared, data, threads)
+
+    plan, pruning = decide(
         Question(
             recipe=recipe,
             target=target,
@@ -49,22 +56,15 @@ def make_plan(
             statistics=statistics,
             attention_flops=prepared.attention_flops,
             real_images=data.real,
+            recover=choice.recover,
+            pruner=choice.pruner,
+            why_no_pruner=choice.why_not,
             loss=evaluator.loss if evaluator.is_classifier else None,
         )
     )
-    quantized = {layer.name for layer in plan.layers if layer.precision.dtype == "int8"}
-    if plan.masks and quantized:
-        only_pruned = plan.branch()
-        for layer in only_pruned.layers:
-            layer.precision.dtype = plan.compute_type
-        renewed = _statistics(apply_decisions(prepared.canonical, only_pruned), prepared, data, threads)
-        inputs = _input_names(prepared)
-        for layer in plan.layers:
-            if layer.name in quantized:
-                grid = activation_grid(renewed[inputs[layer.name]].histogram, plan.compute_type)
-                layer.precision.activation_scale = grid.scale
-                layer.precision.activation_offset = grid.offset
-    return plan
+    for note in choice.notes if pruning is not None else ():
+        pruning.notes.append(note)
+    return plan, pruning
 
 
 def replay_plan(plan: Plan, prepared: PreparedModel, target: Target, path: Path) -> Plan:
@@ -110,16 +110,11 @@ def batch_size(prepared: PreparedModel) -> int:
     widest = max(layer.K for layer in prepared.layers)
     tokens = max(layer.M for layer in prepared.layers) / max(1, _batch(prepared))
     values = tokens * widest * len(prepared.layers)
-    return int(np.clip(2e8 / values, 1, 8)) if _dynamic(prepared) else _batch(prepared)
+    return _batch(prepared) if prepared.fixed_batch else int(np.clip(2e8 / values, 1, 8))
 
 
 def _batch(prepared: PreparedModel) -> int:
     return next(iter(prepared.shapes.opt.values()))[0]
-
-
-def _dynamic(prepared: PreparedModel) -> bool:
-    first = next(iter(prepared.shapes.opt))
-    return prepared.shapes.min[first][0] != prepared.shapes.max[first][0]
 
 
 def _statistics(

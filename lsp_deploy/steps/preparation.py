@@ -55,6 +55,12 @@ class PreparedModel:
     compute_type: ComputeType
     opset: int
 
+    @property
+    def fixed_batch(self) -> bool:
+        """Whether the model takes one batch size only."""
+        first = next(iter(self.shapes.opt))
+        return self.shapes.min[first][0] == self.shapes.max[first][0]
+
 
 def prepare(path: Path, recipe: Recipe, target: Target) -> PreparedModel:
     """Load `path`, bring it into canonical form and find its linear layers.

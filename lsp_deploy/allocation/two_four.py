@@ -1,0 +1,160 @@
+"""2:4 zeros: typed for every layer that can have them, or by `auto` where they pay and the loss budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lsp_deploy.allocation.budget import largest_within_budget
+from lsp_deploy.allocation.pruning import Pruning, adopt
+from lsp_deploy.allocation.question import Question, renew_grids
+from lsp_deploy.allocation.sparsity import METHOD, cannot_have_two_four, dense, does_not_pay, two_four_layer
+from lsp_deploy.hardware.cost_model import layer_cost
+from lsp_deploy.plan import Plan
+
+if TYPE_CHECKING:
+    from lsp_deploy.linear_layers import LinearLayer
+
+__all__ = ["add_two_four", "typed_two_four"]
+
+
+def typed_two_four(question: Question, plan: Plan) -> tuple[Plan, Pruning]:
+    """Return the plan with 2:4 zeros in every layer that can have them: it was asked for."""
+    names, reasons = [], {}
+    for layer in question.layers:
+        if (reason := cannot_have_two_four(layer)) is not None:
+            plan.layer(layer.name).sparsity = dense("2:4", reason)
+            continue
+        names.append(layer.name)
+        no_gain = does_not_pay(layer, question.target, "2:4")
+        note = f", though it does not pay: {no_gain}" if no_gain else ""
+        reasons[layer.name] = f"asked for: --sparsity 2:4{note}"
+    pruning = _prune(question, plan, names, "2:4")
+    pruning.reasons = {name: f"{reason}{pruning.reasons.get(name, '')}" for name, reason in reasons.items()}
+    return adopt(plan, pruning), pruning
+
+
+def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, Pruning | None]:
+    """Return the plan with 2:4 zeros where they save the target most for the damage they are predicted to do.
+
+    As many layers, in that order, as keep the measured loss on held-out images within `budget` points; no more than a
+    FLOPs target needs.
+    """
+    names = []
+    for layer in question.layers:
+        if (reason := _why_not(question, layer)) is not None:
+            plan.layer(layer.name).sparsity = dense("auto", reason)
+        else:
+            names.append(layer.name)
+    if not names or question.pruner is None:
+        return plan, None
+    damages = question.pruner.two_four_damages(names)
+    savings = {name: _saving(question, plan, name) for name in names}
+    order = sorted(names, key=lambda name: damages[name] / savings[name] if savings[name] > 0 else float("inf"))
+    wanted = _enough_for_flops(question, plan, order)
+
+    def trial(count: int) -> tuple[Plan, Pruning]:
+        pruning = _prune(question, plan, order[:count], "auto")
+        words = pruning.reasons
+        pruning.reasons = {}
+        for position, name in enumerate(order):
+            estimate = (
+                f"estimated to save {savings[name]:.3g} µs on {plan.target}, predicted damage {damages[name]:.3g}"
+            )
+            if position < count:
+                pruning.reasons[name] = f"2:4 pays here ({estimate}) and fits the loss budget{words.get(name, '')}"
+            elif count == wanted:
+                pruning.reasons[name] = f"left dense: --flops {question.recipe.flops:g} is met without it"
+            else:
+                pruning.reasons[name] = (
+                    f"left dense: 2:4 here too ({estimate}) "
+                    f"would take the loss on held-out images above {budget:g} points"
+                )
+        return renew_grids(question, adopt(plan, pruning)), pruning
+
+    count = largest_within_budget(wanted, lambda n: question.loss_of(trial(n)[0]), budget)
+    if count == 0:
+        pruning = Pruning("auto")
+        pruning.reasons = {
+            name: f"left dense: 2:4 in any layer would take the loss on held-out images above {budget:g} points"
+            for name in order
+        }
+        return adopt(plan, pruning), pruning
+    return trial(count)
+
+
+def _why_not(question: Question, layer: LinearLayer) -> str | None:
+    if (reason := cannot_have_two_four(layer)) is not None:
+        return reason
+    if (no_gain := does_not_pay(layer, question.target, "2:4")) is not None:
+        return f"left dense: {no_gain}"
+    if not question.real_images:
+        return "left dense: auto prunes nothing without real images; name some with --calibration-data"
+    if question.loss is None:
+        return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
+    if question.pruner is None:
+        return f"left dense: {question.why_no_pruner}"
+    return None
+
+
+def _prune(question: Question, plan: Plan, names: Collection[str], asked: str) -> Pruning:
+    """Return 2:4 zeros in the named layers: reconstructed, or by |W|·‖x‖ alone; reasons say what is left of them."""
+    if question.recover and question.pruner is not None:
+        return question.pruner.two_four(names, asked)
+    pruning = Pruning(asked, method=METHOD)
+    statistics = question.statistics(plan)
+    for layer in question.layers:
+        if layer.name in names:
+            masked = two_four_layer(question.weights[layer.name], statistics[str(layer.x.name)])
+            pruning.masks[layer.name], pruning.patterns[layer.name] = masked.mask, "2:4"
+            pruning.reasons[layer.name] = f"; the pruned layer's output keeps {masked.sqnr_db:.1f} dB"
+    _share(question, pruning.masks)
+    return pruning
+
+
+def _share(question: Question, masks: dict[str, NDArray[np.bool_]]) -> None:
+    """Keep layers that share one weight alike, so that they go on sharing it: the first one's mask serves all."""
+    first: dict[str, NDArray[np.bool_]] = {}
+    for layer in question.layers:
+        own = masks.get(layer.name)
+        if own is not None:
+            shared = first.setdefault(layer.weight_root, own)
+            if shared.shape == own.shape:
+                masks[layer.name] = shared
+
+
+def _saving(question: Question, plan: Plan, name: str) -> float:
+    """Return the microseconds that 2:4 saves a layer at the opt shapes, by the target's cost model: an estimate."""
+    layer = plan.layer(name)
+
+    def time_us(pattern: str) -> float:
+        return layer_cost(
+            "latency_us",
+            question.target,
+            layer.M,
+            layer.K,
+            layer.N,
+            layer.precision.dtype,
+            pattern="2:4" if pattern == "2:4" else "dense",
+            block=(32, 32),
+        )
+
+    return time_us("dense") - time_us("2:4")
+
+
+def _enough_for_flops(question: Question, plan: Plan, order: Collection[str]) -> int:
+    """Return how many of the layers, in order, meet the FLOPs target; all where there is none or it is out of reach."""
+    recipe = question.recipe
+    if recipe.flops is None:
+        return len(order)
+    flops = {layer.name: layer.flops for layer in plan.layers}
+    always = question.attention_flops if recipe.flops_of == "model" else 0
+    total = left = float(sum(flops.values()) + always)
+    for count, name in enumerate(order):
+        if left <= recipe.flops * total:
+            return count
+        left -= flops[name] / 2
+    return len(order)

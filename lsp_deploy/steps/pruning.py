@@ -1,0 +1,95 @@
+"""What a run prunes with: the graph in torch where zeros are to be found, and whether weights are won back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from lsp_deploy import console
+from lsp_deploy.allocation.precision import COMPRESSIBLE_ROLES
+from lsp_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from lsp_deploy.allocation.pruning import Pruner
+    from lsp_deploy.hardware.target import ElementType, Target
+    from lsp_deploy.recipe import Recipe
+    from lsp_deploy.steps.calibration import CalibrationData
+    from lsp_deploy.steps.preparation import PreparedModel
+
+__all__ = ["PrunerChoice", "choose_pruner"]
+
+_INSTALL = "PyTorch is not installed; pip install 'lsp-deploy[torch]'"
+
+
+@dataclass(frozen=True)
+class PrunerChoice:
+    """The means to prune with."""
+
+    pruner: Pruner | None
+    recover: bool
+    """Whether surviving weights are reconstructed."""
+    why_not: str
+    """Why there is no pruner."""
+    notes: list[str] = field(default_factory=list)
+    """For the report."""
+
+
+def choose_pruner(
+    prepared: PreparedModel, data: CalibrationData, recipe: Recipe, target: Target, threads: int
+) -> PrunerChoice:
+    """Return what the recipe's zeros are found with; nothing is analysed yet.
+
+    Weights are reconstructed by default where the calibration data is real. Without PyTorch nothing can be
+    differentiated: 2:4 then falls back to masks by |W|·‖x‖, and the user is told.
+
+    Raises:
+        UserError: reconstruction was typed, and PyTorch is not installed.
+    """
+    if recipe.sparsity == "none":
+        return PrunerChoice(None, False, "--sparsity none")
+    wanted = recipe.recover or ("reconstruct" if data.real else "none")
+    notes = []
+    if recipe.recover is None and wanted == "none":
+        notes.append("weights were not reconstructed: the calibration data is not real")
+    if find_spec("torch") is None:
+        if recipe.recover == "reconstruct":
+            raise UserError(f"--recover reconstruct: {_INSTALL}")
+        if recipe.sparsity == "2:4" and wanted == "reconstruct":
+            note = f"2:4 masks are by |W|·‖x‖, without reconstruction: {_INSTALL}"
+            console.warn(note)
+            notes.append(note)
+        return PrunerChoice(None, False, _INSTALL, notes)
+    recover = wanted == "reconstruct"
+    if recipe.sparsity == "2:4" and not recover:
+        return PrunerChoice(None, False, "2:4 masks are by |W|·‖x‖", notes)
+
+    # Threads that spin while they wait make a busy machine ten times slower; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from lsp_deploy.search.measure import measure_of
+    from lsp_deploy.search.pruner import NetworkPruner, PruningTask
+
+    torch.set_num_threads(threads)
+    int8 = "int8" in target.types and recipe.precision in ("auto", "int8")
+    dtypes: dict[str, ElementType] = {
+        layer.name: "int8" if int8 and layer.role in COMPRESSIBLE_ROLES else prepared.compute_type
+        for layer in prepared.layers
+    }
+    measure, budget = measure_of(recipe, target, dtypes, prepared.attention_flops)
+    task = PruningTask(
+        model=prepared.canonical,
+        model_sha256=prepared.sha256,
+        shapes=prepared.shapes.opt,
+        calibration=data.calibration,
+        fixed_batch=prepared.fixed_batch,
+        recipe=recipe,
+        recover=recover,
+        change_bases=recover if recipe.basis is None else recipe.basis == "change",
+        measure=measure,
+        budget=budget,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    return PrunerChoice(NetworkPruner(task), recover, "", notes)
