@@ -87,7 +87,7 @@ def rotation(moment: torch.Tensor, arrangement: Arrangement) -> torch.Tensor:
     axis = one.clone()
     axis[0] -= 1
     axis = axis / axis.norm()
-    R = basis - 2 * (basis @ axis) @ axis.T
+    R: torch.Tensor = basis - 2 * (basis @ axis) @ axis.T
     return R[:, arranged((R * (moment @ R)).sum(dim=0), arrangement)]
 
 

@@ -62,8 +62,8 @@ def make_plan(
             loss=evaluator.loss if evaluator.is_classifier else None,
         )
     )
-    for note in choice.notes if pruning is not None else ():
-        pruning.notes.append(note)
+    if pruning is not None:
+        pruning.notes += choice.notes
     return plan, pruning
 
 
