@@ -4,7 +4,7 @@
         --every 5 --results deit.jsonl
     python benchmarks/pruning_accuracy.py vit_tiny.onnx --calibration-data train.tar.gz --calibration-samples 200 \
         --eval-data val.tar.gz --labels val_labels.csv --label-column model_index --eval-samples 1000 \
-        --preprocess inception.toml --results vit.jsonl
+        --preprocess vit_tiny.toml --results vit.jsonl
 
 Labels are of the images that measure; calibration never sees any. A budget is the fraction of the FLOPs of all linear
 layers that may remain. `--ablation` compares damages to allocate by ("damage"), LSP with and without its power term
@@ -276,7 +276,11 @@ def measure_blocks(missing: Sequence[Sequence[Cell]], results: Results, subject:
         prune = METHODS[cells[0]["method"]].prepare(search, checkpoints)
         for cell in cells:
             start = time.perf_counter()
-            left = prune(cell["flops"])
+            try:
+                left = prune(cell["flops"])
+            except UserError as error:
+                console.warn(f"{cell['method']} {cell['block']} {cell['flops']:.0%} stays empty: {error}")
+                continue
             seconds = time.perf_counter() - start
             results.add(cell | measured(subject.score(search.network.pruned), left, layers, seconds))
         shutil.rmtree(checkpoints, ignore_errors=True)
