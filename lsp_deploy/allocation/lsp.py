@@ -46,6 +46,7 @@ class LspAllocator:
         smoothing: float = 0.9,
         min_density: float | Mapping[str, float] = 0.0,
         fixed_flops: float = 0.0,
+        removed: Mapping[str, int] | None = None,
     ) -> None:
         """Prepare the target slopes.
 
@@ -57,6 +58,7 @@ class LspAllocator:
             smoothing: weight of the past in the moving average of the curves (section 4.1); 0: none.
             min_density: least fraction of blocks that stays, for all layers or by name; one block always stays.
             fixed_flops: FLOPs outside these layers that count on both sides of the FLOPs target.
+            removed: blocks that are gone already, the first of each order, by layer name: no λ brings them back.
 
         Raises:
             ValueError: there are no layers.
@@ -76,7 +78,10 @@ class LspAllocator:
             _suffix_minimum(slope[1 : curve.most_removable(min_density) + 1]) - term
             for curve, slope, term in zip(curves, measured, self._power, strict=True)
         ]
+        for curve, thresholds in zip(curves, self._thresholds, strict=True):
+            thresholds[: (removed or {}).get(curve.name, 0)] = -np.inf
         self._lambdas = np.unique(np.concatenate(self._thresholds))
+        self._lambdas = self._lambdas[np.isfinite(self._lambdas)]
 
     def allocate(self, flops: float) -> Allocation:
         """Find the λ whose network comes closest to a FLOPs target without exceeding it.
@@ -160,6 +165,8 @@ def _reason(curve: LayerCurve, removed: int, slope: NDArray[np.float64], target:
         least = f"its δ-curve has no smaller slope than {slope[0]:.3g}" if len(slope) else "no block may go"
         return f"left dense: {least}, the target slope is {target:.3g}"
     rest = "no more may go" if removed == len(slope) else f"the next slope is {slope[removed]:.3g}"
+    if slope[removed - 1] == -np.inf:
+        return f"{removed} of {curve.blocks} blocks removed before: {rest}, the target slope is {target:.3g}"
     return (
         f"{removed} of {curve.blocks} blocks removed: the slope of δ there, {slope[removed - 1]:.3g}, meets the target "
         f"slope of {target:.3g}, {rest}"

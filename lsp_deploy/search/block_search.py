@@ -127,10 +127,10 @@ class BlockSearch:
             UserError: so little cannot be left.
         """
         budgets = [*(1 - STEP * step for step in range(1, round(1 / STEP)) if 1 - STEP * step > keep + 1e-9), keep]
-        done, state = self._checkpoints.latest(budgets, self._untouched())
+        # The last step is always taken: its allocation is what the reasons come from.
+        done, state = self._checkpoints.latest(budgets[:-1], self._untouched())
         if done:
-            fits = self._apply_to_dense(state.gone, state.token_weights, f"back at {budgets[done - 1]:.1%}")
-            allocation = self._allocate(self._curves_of(state), budgets[done - 1])
+            self._apply_to_dense(state.gone, state.token_weights, f"back at {budgets[done - 1]:.1%}")
         else:
             self.network.reset()
         for budget in budgets[done:]:
@@ -145,7 +145,7 @@ class BlockSearch:
                     _lsp_curve(one, gradients, state.gone[one.name], self.settings.block, self.sensitivity.kappa)
                     for one in self.prunable
                 ]
-            allocation = self._allocate(curves, budget)
+            allocation = self._allocate(curves, budget, gone=state.gone)
             for name, gone in removed_blocks(curves, allocation.removed).items():
                 state.gone[name] |= gone
             fits = self._apply_to_dense(state.gone, state.token_weights, f"step to {budget:.1%}")
@@ -195,7 +195,9 @@ class BlockSearch:
             for one in self.prunable
         ]
 
-    def _allocate(self, curves: Sequence[LayerCurve], keep: float) -> Allocation:
+    def _allocate(
+        self, curves: Sequence[LayerCurve], keep: float, gone: Mapping[str, NDArray[np.bool_]] | None = None
+    ) -> Allocation:
         settings, measure = self.settings, self.measure
         layers = {layer.name: layer for layer in self.prunable}
         try:
@@ -209,6 +211,7 @@ class BlockSearch:
                     power_weight=settings.power_weight,
                     min_density=settings.min_density,
                     fixed_flops=fixed,
+                    removed={name: int(flags.sum()) for name, flags in (gone or {}).items()},
                 ).allocate(keep)
             return ExactAllocator(
                 curves,

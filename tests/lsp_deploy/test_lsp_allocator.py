@@ -188,3 +188,15 @@ def test_the_power_term_alone_is_the_exact_allocation() -> None:
         }
         left = sum(float(curve.flops()[removed[curve.name]]) for curve in curves)
         assert agree(removed, ExactAllocator(curves).allocate(left).removed)
+
+
+def test_what_is_gone_stays_gone_and_counts() -> None:
+    curves = [layer_curve(name, np.linspace(0, steepness, 13)) for name, steepness in (("flat", 1.0), ("steep", 30.0))]
+    free = LspAllocator(curves, power_weight=0, smoothing=0).allocate(0.7)
+    assert free.removed["steep"] == 0
+    allocator = LspAllocator(curves, power_weight=0, smoothing=0, removed={"steep": 5})
+    allocation = allocator.allocate(0.7)
+    assert allocation.removed["steep"] == 5
+    assert "removed before" in allocation.reasons["steep"]
+    assert allocation.flops <= 0.7
+    assert allocator.allocate(1.0).removed == {"flat": 0, "steep": 5}
