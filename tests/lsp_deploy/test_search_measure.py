@@ -1,0 +1,95 @@
+"""What a budget counts, for every field of a recipe that can hold one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from networks import digits_network  # noqa: E402
+
+from lsp_deploy.errors import UserError  # noqa: E402
+from lsp_deploy.hardware.cost_model import layer_cost  # noqa: E402
+from lsp_deploy.hardware.target import load_target  # noqa: E402
+from lsp_deploy.recipe import Recipe  # noqa: E402
+from lsp_deploy.search.block_curves import block_sizes  # noqa: E402
+from lsp_deploy.search.measure import Measure, measure_of  # noqa: E402
+
+LAYERS = digits_network(samples=2).layers
+
+
+def measured(target: str = "a100", dtype: str = "fp16", attention: int = 1000, **fields: object):
+    recipe = Recipe.model_validate({"target": target, "sparsity": "block", "block": "16x16", **fields})
+    return measure_of(recipe, load_target(target), {layer.name: dtype for layer in LAYERS}, attention)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind", "budget", "unit"),
+    [
+        ("flops", 0.5, "flops", 0.5, "FLOP"),
+        ("max_latency_ms", 0.25, "latency_us", 250.0, "µs"),
+        ("max_energy_mj", 3.0, "energy_uj", 3000.0, "µJ"),
+        ("max_parameters", 12345, "parameters", 12345.0, "parameter"),
+        ("max_size_mb", 0.125, "bytes", 125000.0, "byte"),
+    ],
+)
+def test_each_field_has_its_measure_and_its_unit(field: str, value: float, kind: str, budget: float, unit: str) -> None:
+    measure, found = measured(**{field: value})
+    assert (measure.kind, found, measure.unit) == (kind, budget, unit)
+    assert measure.always == 0
+    assert measure.block == (16, 16)
+    for layer in LAYERS:
+        sizes = block_sizes(layer, measure.block)
+        costs = measure.of_blocks(layer, sizes)
+        assert costs.shape == (len(sizes) + 1,)
+        assert np.isfinite(costs).all() and (np.diff(costs) <= 1e-9).all() and costs[0] > 0
+
+
+def test_without_a_budget_flops_are_counted() -> None:
+    measure, budget = measured()
+    assert (measure.kind, budget) == ("flops", None)
+
+
+def test_flops_and_parameters_and_bytes_are_exact() -> None:
+    layer = next(layer for layer in LAYERS if layer.role == "fc1")
+    sizes = block_sizes(layer, (16, 16))
+    left = layer.K * layer.N - np.concatenate([[0], np.cumsum(sizes)])
+    flops, _ = measured(flops=0.5)
+    np.testing.assert_array_equal(flops.of_blocks(layer, sizes), 2.0 * layer.M * left)
+    assert flops.of_dense(layer) == 2.0 * layer.M * layer.K * layer.N
+    parameters, _ = measured(max_parameters=1)
+    np.testing.assert_array_equal(parameters.of_blocks(layer, sizes), left)
+    for dtype, width in (("fp16", 2), ("fp32", 4), ("int8", 1)):
+        size, _ = measured(max_size_mb=1, dtype=dtype)
+        # Every surviving block has its place in 4 bytes; a layer that would not shrink is stored dense.
+        stored = np.arange(len(sizes), -1, -1) * (16 * 16 * width + 4)
+        np.testing.assert_array_equal(size.of_blocks(layer, sizes), np.minimum(stored, layer.K * layer.N * width))
+
+
+def test_attention_counts_where_flops_are_the_models() -> None:
+    assert measured(flops=0.5, flops_of="model", attention=777)[0].always == 777
+    assert measured(flops=0.5, flops_of="linear", attention=777)[0].always == 0
+
+
+def test_a_dense_layer_costs_what_the_target_says() -> None:
+    measure, _ = measured(max_latency_ms=1)
+    layer = LAYERS[3]
+    assert measure.of_dense(layer) == layer_cost(
+        "latency_us", measure.target, layer.M, layer.K, layer.N, "fp16", pattern="dense", block=(16, 16)
+    )
+
+
+@pytest.mark.parametrize("field", ["max_latency_ms", "max_energy_mj"])
+def test_a_target_without_figures_cannot_estimate(field: str) -> None:
+    with pytest.raises(UserError, match="cpu") as raised:
+        measure, _ = measured(target="cpu", dtype="fp32", **{field: 1.0})
+        measure.of_dense(LAYERS[1])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("flops", 0.5), ("max_parameters", 100), ("max_size_mb", 1.0)])
+def test_a_target_without_figures_can_count(field: str, value: float) -> None:
+    measure, _ = measured(target="cpu", dtype="fp32", **{field: value})
+    assert isinstance(measure, Measure)
+    assert measure.of_dense(LAYERS[1]) > 0
