@@ -53,7 +53,12 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
         return plan, None
     damages = question.pruner.two_four_damages(names)
     savings = {name: _saving(question, plan, name) for name in names}
-    order = sorted(names, key=lambda name: damages[name] / savings[name] if savings[name] > 0 else float("inf"))
+
+    def damage_a_saving(name: str) -> tuple[float, float]:
+        saved = savings[name]
+        return (damages[name] / saved if saved > 0 else float("inf")), damages[name]
+
+    order = sorted(names, key=damage_a_saving)
     wanted = _enough_for_flops(question, plan, order)
 
     def trial(count: int) -> tuple[Plan, Pruning]:

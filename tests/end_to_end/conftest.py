@@ -44,6 +44,18 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def cache(_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of cached results: that of the tests alone, not the user's."""
+    monkeypatch.setenv("LSP_DEPLOY_CACHE", str(_cache))
+    return _cache
+
+
+@pytest.fixture(scope="session")
 def demo_master(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     copy_demo(folder)
