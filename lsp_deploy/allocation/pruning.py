@@ -92,6 +92,9 @@ class Pruner(Protocol):
     def blocks(self, keep: float) -> Pruning:
         """Prune blocks until the fraction `keep` of the budget's measure remains."""
 
+    def finish(self) -> None:
+        """Forget what only an interrupted run would need: all is decided."""
+
 
 def adopt(plan: Plan, pruning: Pruning) -> Plan:
     """Return `plan` with the zeros and weights of `pruning`; layers that it says nothing of stay as they are."""

@@ -13,7 +13,7 @@ from lsp_deploy.allocation.decide import decide
 from lsp_deploy.allocation.masks import block_mask, magnitude_score, two_four_mask
 from lsp_deploy.allocation.question import Question, set_weight_scales
 from lsp_deploy.errors import UserError
-from lsp_deploy.plan import LayerPlan, Plan
+from lsp_deploy.plan import LayerPlan, Plan, RecoveryDecision
 from lsp_deploy.sensitivity.activations import ActivationStatistics, collect_activations
 from lsp_deploy.steps.apply import apply_decisions
 from lsp_deploy.steps.evaluation import Evaluator
@@ -64,6 +64,8 @@ def make_plan(
     )
     if pruning is not None:
         pruning.notes += choice.notes
+    if choice.pruner is not None:
+        choice.pruner.finish()
     return plan, pruning
 
 
@@ -71,7 +73,7 @@ def replay_plan(plan: Plan, prepared: PreparedModel, target: Target, path: Path)
     """Return `plan` ready to be applied to `prepared`: the same bytes as the run that wrote it, without any data.
 
     Without plan.safetensors the decisions are applied again to the dense weights: masks by magnitude, weight scales
-    by their maximum; the user is told what is missing.
+    by their maximum, nothing refitted; the user is told what is missing.
 
     Raises:
         UserError: the plan is of another model or target, or names layers that the model does not have.
@@ -92,10 +94,15 @@ def replay_plan(plan: Plan, prepared: PreparedModel, target: Target, path: Path)
     missing = [layer for layer in plan.layers if layer.sparsity.pattern != "dense" and layer.name not in plan.masks]
     for layer in missing:
         plan.masks[layer.name] = _magnitude_mask(layer, plan, prepared.weights[layer.name])
-    if missing:
+    refitted = [layer for layer in plan.layers if layer.recovery.method != "none" and layer.name not in plan.weights]
+    for layer in refitted:
+        layer.recovery = RecoveryDecision(reason="the refitted weights are missing: the dense ones stay")
+    if missing or refitted:
+        lost = [f"masks of {len(missing)} layers are chosen again, by magnitude"] if missing else []
+        lost += [f"refitted weights of {len(refitted)} layers are the dense ones again"] if refitted else []
         console.warn(
-            f"{path.with_suffix('.safetensors').name} is missing: masks of {len(missing)} layers are chosen again, "
-            "by magnitude; they may differ from the ones that were measured"
+            f"{path.with_suffix('.safetensors').name} is missing: {', '.join(lost)}; "
+            "the result may differ from the one that was measured"
         )
     for name in [name for name in plan.masks if plan.layer(name).sparsity.pattern == "dense"]:
         del plan.masks[name]  # the json was edited: its decisions win
