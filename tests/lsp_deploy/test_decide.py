@@ -1,0 +1,250 @@
+"""Decisions from what was asked and what is measured, with a pruner and a loss that are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lsp_deploy.allocation.decide import decide
+from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
+from lsp_deploy.allocation.pruning import Pruning
+from lsp_deploy.allocation.question import Question
+from lsp_deploy.data import open_dataset
+from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+from lsp_deploy.errors import UserError
+from lsp_deploy.hardware.target import load_target
+from lsp_deploy.linear_layers import LinearLayer
+from lsp_deploy.plan import Plan, RecoveryDecision
+from lsp_deploy.recipe import Recipe
+from lsp_deploy.sensitivity.activations import collect_activations
+from lsp_deploy.steps.preparation import PreparedModel, prepare
+
+ASSETS = Path(__file__).parents[2] / "lsp_deploy" / "assets"
+INSIDE = ("qkv", "proj", "fc1", "fc2")
+
+
+class FakePruner:
+    """Removes whole layers' blocks from the front, or the smaller half; remembers what it was asked."""
+
+    def __init__(self, layers: list[LinearLayer], keep: float | None = None) -> None:
+        self.layers, self.asked_keep = layers, keep
+        self.kept: list[float] = []
+
+    def two_four(self, names: Collection[str], asked: str) -> Pruning:
+        pruning = Pruning(asked, method="fake")
+        for layer in self.layers:
+            if layer.name in names:
+                pruning.masks[layer.name] = two_four_mask(magnitude_score(layer.weight()))
+                pruning.patterns[layer.name] = "2:4"
+                pruning.weights[layer.name] = layer.weight() * 2
+                pruning.recoveries[layer.name] = RecoveryDecision(method="reconstruct", reason="fake")
+        return pruning
+
+    def two_four_damages(self, names: Collection[str]) -> dict[str, float]:
+        return {name: float(len(names) - place) for place, name in enumerate(names)}  # the last layer does the least
+
+    def blocks(self, keep: float) -> Pruning:
+        self.kept.append(keep)
+        pruning = Pruning("block", method="fake")
+        for layer in self.layers:
+            if layer.role in INSIDE:
+                mask = np.zeros((layer.K, layer.N), bool)
+                mask[:, : max(16, round(keep * layer.N / 16) * 16)] = True
+                pruning.masks[layer.name], pruning.patterns[layer.name] = mask, "block"
+                pruning.reasons[layer.name] = "the first columns stay"
+            else:
+                pruning.reasons[layer.name] = "left dense: fake"
+        return pruning
+
+    def finish(self) -> None:
+        """Nothing is kept."""
+
+
+def zeros(plan: Plan) -> int:
+    return sum(layer.name in plan.masks for layer in plan.layers)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> PreparedModel:
+    return prepare(ASSETS / "digits_vit.onnx", Recipe(target="a100"), load_target("a100"))
+
+
+@pytest.fixture(scope="module")
+def statistics(prepared: PreparedModel):
+    shapes = prepared.shapes.opt
+    data = open_dataset(str(ASSETS / "calibration.npz"), shapes=shapes, dtypes={}, preprocess=None, samples=16)
+    inputs = sorted({str(layer.x.name) for layer in prepared.layers})
+    with OnnxRuntimeEngine.from_model(prepared.canonical, threads=1, extra_outputs=inputs) as engine:
+        return collect_activations(engine, prepared.layers, data, batch_size=8)
+
+
+@pytest.fixture
+def ask(prepared: PreparedModel, statistics, tmp_path: Path):
+    """Return a question about the embedded model."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(
+        'base = "a100"\nname = "tiny"\n[pays]\nsparse24_min_k = 16\nsparse24_min_n = 16\nsource = "a test"\n'
+    )
+
+    def ask(
+        loss: Callable[[Plan], float] | None = lambda plan: 0.0,
+        *,
+        keep: float | None = None,
+        pruner: bool = True,
+        target: str = str(path),
+        **asked: object,
+    ) -> Question:
+        recipe = Recipe.model_validate({"target": target, "precision": "fp16", **asked})
+        return Question(
+            recipe=recipe,
+            target=load_target(target),
+            model_sha256=prepared.sha256,
+            opset=prepared.opset,
+            compute_type="fp16",
+            layers=prepared.layers,
+            weights=prepared.weights,
+            statistics=lambda plan: statistics,
+            attention_flops=prepared.attention_flops,
+            real_images=True,
+            recover=True,
+            pruner=FakePruner(list(prepared.layers), recipe.flops if keep is None else keep) if pruner else None,
+            why_no_pruner="install torch",
+            loss=loss,
+        )
+
+    return ask
+
+
+def test_none_is_none(ask) -> None:
+    plan, pruning = decide(ask(sparsity="none"))
+    assert pruning is None and not plan.masks
+    assert {layer.sparsity.reason for layer in plan.layers} == {"left dense: --sparsity none"}
+
+
+def test_typed_two_four_takes_every_layer_that_can(ask) -> None:
+    plan, pruning = decide(ask(loss=lambda plan: 99.0, sparsity="2:4"))
+    assert pruning is not None
+    for layer in plan.layers:
+        assert (layer.sparsity.pattern == "2:4") == (layer.role in INSIDE)
+        assert layer.sparsity.reason.startswith("asked for" if layer.role in INSIDE else "left dense")
+        if layer.role in INSIDE:
+            assert layer.sparsity.zeros == 0.5 and layer.sparsity.method == "fake"
+            assert layer.recovery.method == "reconstruct"
+            assert layer.name in plan.weights
+
+
+@pytest.mark.parametrize("fits", [0, 1, 5, 16])
+def test_auto_takes_the_least_damaging_layers_that_fit_the_budget(ask, fits: int) -> None:
+    plan, _ = decide(ask(loss=lambda plan: 0.3 * zeros(plan), sparsity="auto", max_drop=0.3 * fits + 0.1))
+    chosen = [layer.name for layer in plan.layers if layer.sparsity.pattern == "2:4"]
+    inside = [layer.name for layer in plan.layers if layer.role in INSIDE]
+    assert chosen == inside[len(inside) - fits :]
+    for layer in plan.layers:
+        if layer.name in inside and layer.name not in chosen:
+            assert "above" in layer.sparsity.reason and "points" in layer.sparsity.reason
+
+
+def test_auto_stops_where_flops_are_met(ask) -> None:
+    plan, _ = decide(ask(sparsity="auto", flops=0.8, max_drop=50))
+    flops = {layer.name: layer.flops * (0.5 if layer.name in plan.masks else 1) for layer in plan.layers}
+    assert 0.7 < sum(flops.values()) / sum(layer.flops for layer in plan.layers) <= 0.8
+    assert any("is met without it" in layer.sparsity.reason for layer in plan.layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"real_images": False}, "real images"),
+        ({"loss": None}, "no class output"),
+        ({"pruner": None}, "install torch"),
+    ],
+)
+def test_auto_prunes_nothing_without_the_means(ask, change: dict[str, object], why: str) -> None:
+    plan, pruning = decide(replace(ask(sparsity="auto"), **change))
+    assert pruning is None and not plan.masks
+    assert all(why in layer.sparsity.reason for layer in plan.layers if layer.role in INSIDE)
+
+
+def test_auto_prunes_nothing_where_it_does_not_pay(ask) -> None:
+    plan, _ = decide(ask(sparsity="auto", target="a100"))  # these layers are too small for 2:4 there
+    assert not plan.masks
+    assert all(layer.sparsity.reason.startswith("left dense") for layer in plan.layers)
+
+
+def test_blocks_to_a_budget_are_asked_for_once(ask) -> None:
+    question = ask(sparsity="block", flops=0.5, loss=lambda plan: 99.0)
+    plan, pruning = decide(question)
+    assert question.pruner.kept == [0.5]
+    assert pruning is not None and plan.block_shape == (32, 32)
+    for layer in plan.layers:
+        assert (layer.sparsity.pattern == "block") == (layer.role in INSIDE)
+    assert any(layer.sparsity.reason.startswith("the first columns stay; ") for layer in plan.layers)
+
+
+@pytest.mark.parametrize("keep", [1.0, 1.7])
+def test_a_budget_that_is_met_needs_no_pruning(ask, keep: float) -> None:
+    question = ask(sparsity="block", max_parameters=10**9, keep=keep)
+    plan, pruning = decide(question)
+    assert pruning is None and question.pruner.kept == []
+    assert all("met without pruning" in layer.sparsity.reason for layer in plan.layers)
+
+
+@pytest.mark.parametrize("limit", [0.95, 0.7, 0.35])
+def test_without_a_budget_blocks_go_as_far_as_the_loss_allows(ask, limit: float) -> None:
+    question = ask(sparsity="block", max_drop=1.0)
+    lost = replace(question, loss=lambda plan: 0.0 if question.pruner.kept[-1] > limit - 1e-9 else 5.0)
+    plan, pruning = decide(lost)
+    assert pruning is not None and plan.masks
+    assert question.pruner.kept[-1] == pytest.approx(limit)
+    assert len(question.pruner.kept) < 8  # by bisection
+
+
+def test_where_no_block_fits_the_model_stays_dense(ask) -> None:
+    plan, pruning = decide(ask(sparsity="block", max_drop=1.0, loss=lambda plan: 9.0 if plan.masks else 0.0))
+    assert pruning is None and not plan.masks and not plan.weights
+    assert all("fits 1 points of loss" in layer.sparsity.reason for layer in plan.layers)
+
+
+@pytest.mark.parametrize(
+    ("asked", "change", "words"),
+    [
+        ({"flops": 0.5}, {"pruner": None}, "install torch"),
+        ({}, {"pruner": None}, "install torch"),
+        ({}, {"loss": None}, "needs --flops or another budget"),
+    ],
+)
+def test_blocks_without_the_means_are_bad_input(
+    ask, asked: dict[str, object], change: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        decide(replace(ask(sparsity="block", **asked), **change))
+    assert "\n" not in str(raised.value)
+
+
+def test_int8_is_taken_back_where_it_costs_too_much_and_zeros_come_after(ask) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def loss(plan: Plan) -> float:
+        int8 = sum(layer.precision.dtype == "int8" for layer in plan.layers)
+        seen.append((int8, zeros(plan)))
+        return 0.1 * int8 + 0.5 * zeros(plan)
+
+    plan, _ = decide(ask(loss, sparsity="auto", precision="auto", max_drop=1.0))
+    assert sum(layer.precision.dtype == "int8" for layer in plan.layers) == 10
+    assert not plan.masks
+    assert all(name in plan.weight_scales for name in
+               (layer.name for layer in plan.layers if layer.precision.dtype == "int8"))  # fmt: skip
+    first_pruned = next(place for place, (_, pruned) in enumerate(seen) if pruned)
+    assert all(pruned for _, pruned in seen[first_pruned:])
+
+
+def test_scales_are_those_of_the_weights_that_are_left(ask) -> None:
+    plan, _ = decide(ask(sparsity="2:4", precision="int8"))
+    for layer in plan.layers:
+        if layer.precision.dtype == "int8" and layer.name in plan.masks:
+            left = np.abs(plan.weights[layer.name] * plan.masks[layer.name]).max(axis=0)
+            np.testing.assert_allclose(plan.weight_scales[layer.name] * 127, left, rtol=2e-3)
