@@ -88,6 +88,11 @@ class OptionHulls:
         """Costs (falling) and damages (rising) of all choices that some price makes; each is the best of its cost."""
         return self._costs, self._damages
 
+    @property
+    def least_cost(self) -> float:
+        """The cost of the cheapest options together."""
+        return float(self._costs[-1])
+
     def within_cost(self, budget: float) -> Choice:
         """Return the choice with the least damage whose cost is within a budget.
 
@@ -248,7 +253,14 @@ class ExactAllocator:
         Raises:
             ValueError: the budget cannot be reached.
         """
-        return self._allocation(self._hulls.within_cost(budget - self._fixed_cost))
+        try:
+            return self._allocation(self._hulls.within_cost(budget - self._fixed_cost))
+        except ValueError as error:
+            least = self._fixed_cost + self._hulls.least_cost
+            raise ValueError(
+                f"{budget:.4g} of {self.dense_cost:.4g} {self._unit} cannot be reached: {least:.4g} {self._unit} remain "
+                "with every layer at its minimum"
+            ) from error
 
     def allocate_damage(self, limit: float) -> Allocation:
         """Return the blocks to remove for the least cost at a damage of at most `limit`.

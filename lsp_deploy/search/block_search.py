@@ -221,7 +221,7 @@ class BlockSearch:
                 unit=measure.unit,
             ).allocate(keep * self.dense_cost)
         except ValueError as error:
-            raise UserError(f"the budget cannot be reached: {error}; ask for more, or prune more layers") from error
+            raise UserError(f"the budget cannot be met: {error}; ask for more, or prune more layers") from error
 
     @cached_property
     def _power_terms(self) -> tuple[int, dict[str, float] | float]:
