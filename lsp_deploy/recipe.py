@@ -275,6 +275,10 @@ class Recipe(BaseModel):
                 f"--prefer-structure is for --sparsity block, not for --sparsity {self.sparsity}",
             ),
             (
+                self.prefer_structure and self.allocator == "lsp",
+                "--prefer-structure needs --allocator exact: the paper's slopes know no units",
+            ),
+            (
                 "power_weight" in self.model_fields_set and self.allocator != "lsp",
                 "--power-weight is a term of --allocator lsp; give that too, or leave it out",
             ),

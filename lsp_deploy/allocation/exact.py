@@ -256,9 +256,9 @@ class ExactAllocator:
         try:
             return self._allocation(self._hulls.within_cost(budget - self._fixed_cost))
         except ValueError as error:
-            least = self._fixed_cost + self._hulls.least_cost
+            least, unit = self._fixed_cost + self._hulls.least_cost, self._unit
             raise ValueError(
-                f"{budget:.4g} of {self.dense_cost:.4g} {self._unit} cannot be reached: {least:.4g} {self._unit} remain "
+                f"{budget:.4g} of {self.dense_cost:.4g} {unit} cannot be reached: {least:.4g} {unit} remain "
                 "with every layer at its minimum"
             ) from error
 
@@ -314,7 +314,7 @@ def _hull(costs: NDArray[np.float64], damages: NDArray[np.float64]) -> NDArray[n
 
 
 def _reason(removed: int, blocks: int, price: float, next_price: float, unit: str) -> str:
-    asked = f"the price is {price:.3g} of δ per {unit}"
+    asked = f"the price is {price:.3g} of damage per {unit}"
     if removed == 0:
         least = "no block may go" if next_price == float("inf") else f"its first blocks would cost {next_price:.3g}"
         return f"left dense: {least}, {asked}"

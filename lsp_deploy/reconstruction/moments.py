@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = ["Moments"]
 
@@ -16,7 +18,12 @@ class Moments:
         self.bias = bias
         self.xx = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.xy = torch.zeros(size, N, dtype=torch.float64, device=device)
-        self.yy = 0.0
+        self.yy_by_column = torch.zeros(N, dtype=torch.float64, device=device)
+
+    @property
+    def yy(self) -> float:
+        """Σ w ‖y‖²; 0 where nothing was added."""
+        return float(self.yy_by_column.sum())
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         """Add tokens: x [tokens, K], y [tokens, N], weight [tokens] ≥ 0; float32."""
@@ -27,7 +34,7 @@ class Moments:
         # A batch is summed in float32, batches in float64.
         self.xx += x.T @ x
         self.xy += x.T @ y
-        self.yy += float(y.double().square().sum())
+        self.yy_by_column += y.double().square().sum(dim=0)
 
     @property
     def input_energy(self) -> float:
@@ -45,5 +52,13 @@ class Moments:
     def plus(self, other: Moments) -> Moments:
         """Return the sums over both sets of tokens."""
         both = Moments(len(self.xx) - self.bias, self.xy.shape[1], bias=self.bias, device=str(self.xx.device))
-        both.xx, both.xy, both.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
+        both.xx, both.xy = self.xx + other.xx, self.xy + other.xy
+        both.yy_by_column = self.yy_by_column + other.yy_by_column
         return both
+
+    def columns(self, chosen: NDArray[np.int64]) -> Moments:
+        """Return the sums for some of the targets' features alone."""
+        some = Moments(len(self.xx) - self.bias, len(chosen), bias=self.bias, device=str(self.xx.device))
+        at = torch.from_numpy(chosen).to(self.xx.device)
+        some.xx, some.xy, some.yy_by_column = self.xx, self.xy[:, at], self.yy_by_column[at]
+        return some

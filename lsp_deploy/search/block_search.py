@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 from lsp_deploy import console
 from lsp_deploy.allocation.exact import ExactAllocator
 from lsp_deploy.allocation.lsp import LspAllocator
+from lsp_deploy.allocation.structure import prefer_structure
 from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.cost_model import block_matmul_energy_uj
-from lsp_deploy.search.block_curves import additive_curve, block_mask_of, layer_curve, removed_blocks
+from lsp_deploy.search.block_curves import additive_curve, block_mask_of, block_sizes, layer_curve, removed_blocks
 from lsp_deploy.search.checkpoints import Checkpoints, SearchState
 from lsp_deploy.search.gradients import mean_magnitude, network_gradients, token_weights
 from lsp_deploy.sensitivity.results import LayerSensitivity
 
 if TYPE_CHECKING:
     from lsp_deploy.allocation.problem import Allocation, LayerCurve
+    from lsp_deploy.graph.structure import StructureGroup
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.reconstruction.network import LayerFit
     from lsp_deploy.search.gradients import NetworkGradients
@@ -46,6 +48,8 @@ class SearchSettings:
     power_weight: float = 1.0
     min_density: float = 0.0
     recover: bool = True
+    groups: Sequence[StructureGroup] = ()
+    """Units that leave the graph as a whole, where those are preferred."""
 
 
 @dataclass
@@ -183,17 +187,15 @@ class BlockSearch:
         if self.settings.allocator == "lsp":
             layers = self.sensitivity.layers
             return [layer_curve(one, block, layers[one.name].order, layers[one.name].delta) for one in self.prunable]
-        return [
-            additive_curve(one, block, scores, np.zeros(len(scores), bool))
-            for one in self.prunable
-            for scores in [self._dense_scores[one.name]]
-        ]
+        return self._curves_of(self._untouched())
 
     def _curves_of(self, state: SearchState) -> list[LayerCurve]:
-        return [
-            additive_curve(one, self.settings.block, state.scores[one.name], state.gone[one.name])
-            for one in self.prunable
-        ]
+        block = self.settings.block
+        if self.settings.groups:
+            costs = {one.name: 2.0 * one.M * block_sizes(one, block) for one in self.prunable}
+            found = prefer_structure(state.scores, costs, self.settings.groups, gone=state.gone)
+            return [layer_curve(one, block, *found[one.name]) for one in self.prunable]
+        return [additive_curve(one, block, state.scores[one.name], state.gone[one.name]) for one in self.prunable]
 
     def _allocate(
         self, curves: Sequence[LayerCurve], keep: float, gone: Mapping[str, NDArray[np.bool_]] | None = None

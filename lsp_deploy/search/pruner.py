@@ -17,6 +17,7 @@ from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
 from lsp_deploy.allocation.pruning import Analysis, ChosenPoint, Pruning
 from lsp_deploy.bases.change import change_bases
 from lsp_deploy.cache import cache_folder, content_key
+from lsp_deploy.graph.structure import structure_groups
 from lsp_deploy.plan import RecoveryDecision
 from lsp_deploy.search.block_search import BlockSearch, Found, SearchSettings
 from lsp_deploy.search.gradients import removal_damages, token_weights
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from lsp_deploy.bases.order import Arrangement
     from lsp_deploy.data import Dataset
+    from lsp_deploy.graph.structure import StructureGroup
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.recipe import Recipe
     from lsp_deploy.reconstruction.network import LayerFit
@@ -178,6 +180,7 @@ class NetworkPruner:
                 power_weight=recipe.power_weight,
                 min_density=recipe.min_density,
                 recover=task.recover,
+                groups=self._groups(network, prunable) if recipe.prefer_structure else (),
             ),
             cache_folder() / "search" / self._search_key(),
         )
@@ -192,6 +195,14 @@ class NetworkPruner:
         if block_count(layer, self.task.recipe.block_shape) < 2:
             return f"left dense: {layer.K} × {layer.N} is a single block"
         return None
+
+    def _groups(self, network: Network, prunable: Collection[LinearLayer]) -> list[StructureGroup]:
+        """Return the units of layers that may all be pruned."""
+        names = {layer.name for layer in prunable}
+        groups = structure_groups(network.model, network.layers, self.task.recipe.block_shape, self.task.shapes)
+        whole = [group for group in groups if {*group.blocks, *group.free} <= names]
+        self.notes.append(f"whole units preferred: {len(whole)} groups of neurons and heads can leave the graph")
+        return whole
 
     def _network(self, arrangement: Arrangement) -> Network:
         if arrangement not in self._networks:

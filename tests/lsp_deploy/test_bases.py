@@ -199,6 +199,8 @@ def test_outputs_stay_in_onnx_runtime(name: str, arrangement: str) -> None:
     dense = run(network.model, feeds)
     notes = change_bases(network, objective, arrangement)
     assert notes[0].startswith("bases changed, outputs the same")
+    assert "residual streams" in notes[0]
+    assert any("would not have stayed the same" in note for note in notes) == (name == "eva02")
     plan = plan_of(network)
     assert plan.weights and plan.biases
     assert any(change > 0.05 for change in weight_changes(network, plan.weights))
