@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lsp_deploy import __version__
+from lsp_deploy.cache import GRADIENTS, cache_folder
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import sha256_of, write_bytes, write_text
 
@@ -138,7 +139,7 @@ def _analyse(
         dataset,
         block=block,
         model_sha256=sha256,
-        cache=request.cache or folder / ".cache",
+        cache=request.cache or cache_folder() / GRADIENTS,
         objective=request.objective,
         seed=request.seed,
         kappa=request.kappa,

@@ -11,7 +11,10 @@ from typing import Any
 
 from lsp_deploy.errors import UserError
 
-__all__ = ["cache_folder", "content_key"]
+__all__ = ["GRADIENTS", "cache_folder", "content_key"]
+
+GRADIENTS = "gradients"
+"""The part of the cache that `sensitivity` and `compress` share."""
 
 
 def cache_folder() -> Path:

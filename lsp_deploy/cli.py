@@ -293,7 +293,7 @@ def sensitivity(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Samples a pass.  [default: by memory]")] = None,
     device: Annotated[Device, typer.Option("--device", help="Where gradients are computed.")] = Device.CPU,
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="Folder for gradients.  [default: .cache in the output folder]")
+        Path | None, typer.Option("--cache", help="Folder for gradients.  [default: the user's cache]")
     ] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
     json: JsonOption = False,

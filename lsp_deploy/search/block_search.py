@@ -192,7 +192,7 @@ class BlockSearch:
     def _curves_of(self, state: SearchState) -> list[LayerCurve]:
         block = self.settings.block
         if self.settings.groups:
-            costs = {one.name: 2.0 * one.M * block_sizes(one, block) for one in self.prunable}
+            costs = {one.name: (2 * one.M * block_sizes(one, block)).astype(np.float64) for one in self.prunable}
             found = prefer_structure(state.scores, costs, self.settings.groups, gone=state.gone)
             return [layer_curve(one, block, *found[one.name]) for one in self.prunable]
         return [additive_curve(one, block, state.scores[one.name], state.gone[one.name]) for one in self.prunable]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
 from lsp_deploy.allocation.pruning import Analysis, ChosenPoint, Pruning
 from lsp_deploy.bases.change import change_bases
-from lsp_deploy.cache import cache_folder, content_key
+from lsp_deploy.cache import GRADIENTS, cache_folder, content_key
 from lsp_deploy.graph.structure import structure_groups
 from lsp_deploy.plan import RecoveryDecision
 from lsp_deploy.search.block_search import BlockSearch, Found, SearchSettings
@@ -43,8 +43,11 @@ if TYPE_CHECKING:
 __all__ = ["NetworkPruner", "PruningTask"]
 
 REFITTED_ROLES = frozenset({"qkv", "proj", "fc1", "fc2"})
-GRADUAL_FROM = 0.5
-"""Predicted damage, in units of the objective, above which `auto` searches gradually (docs/benchmarks)."""
+GRADUAL_FROM = 2.0
+"""Predicted damage, in units of the objective, above which `auto` searches gradually.
+
+On DeiT-Tiny steps gained nothing below it and up to twelve points above: docs/benchmarks/2026-11-28-pruning.md.
+"""
 _CACHE_FORMAT = 1
 
 
@@ -263,7 +266,7 @@ class NetworkPruner:
             task.calibration,
             block=task.recipe.block_shape,
             model_sha256=sha256,
-            cache=cache_folder() / "gradients",
+            cache=cache_folder() / GRADIENTS,
             objective=self._objective_name,
             seed=task.recipe.seed,
             batch_size=None if task.fixed_batch else network.batch_size,

@@ -137,13 +137,13 @@ def test_json_is_alone_on_stdout(run, bare: Path) -> None:
 
 def test_processes_of_torchrun_give_the_same_curves(run, bare: Path) -> None:
     command = ("sensitivity", bare.name, *DATA, *LABELS, *ONE_THREAD, "--block", "16x16", "--samples", 50)
-    assert run(*command, "-o", "one").code == 0
+    assert run(*command, "-o", "one", "--cache", "cache-of-one").code == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-I", "-m", "lsp_deploy", *map(str, command), "-o", "two"],
+            [sys.executable, "-I", "-m", "lsp_deploy", *map(str, command), "-o", "two", "--cache", "cache-of-two"],
             env=os.environ
             | {
                 "RANK": str(rank),
@@ -162,7 +162,7 @@ def test_processes_of_torchrun_give_the_same_curves(run, bare: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     assert "blocks" in printed[0]
     assert not printed[1]
-    (cached,) = Path("two", ".cache").iterdir()
+    (cached,) = Path("cache-of-two").iterdir()
     assert [part.name for part in cached.iterdir()] == ["0-50"]
     (one, arrays), (two, others) = result_of("one"), result_of("two")
     assert two["kappa"] == pytest.approx(one["kappa"], rel=1e-12)
