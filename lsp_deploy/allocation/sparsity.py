@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.sensitivity.activations import ActivationStatistics
 
-__all__ = ["METHOD", "MaskedLayer", "cannot_have_two_four", "dense", "does_not_pay", "two_four_layer"]
+__all__ = ["METHOD", "MaskedLayer", "cannot_have_two_four", "dense", "does_not_pay", "excluded", "two_four_layer"]
 
 METHOD = "activation"  # |W|·‖x‖
 
@@ -37,8 +38,22 @@ class MaskedLayer:
         return float(1 - self.mask.mean())
 
 
-def cannot_have_two_four(layer: LinearLayer) -> str | None:
-    """Return why a layer cannot be pruned to 2:4, or None."""
+def excluded(layer: LinearLayer, exclude: str | None) -> str | None:
+    """Return that the pattern of --exclude names a layer, or None."""
+    if exclude is not None and re.search(exclude, layer.name):
+        return f"left dense: --exclude {exclude} names it"
+    return None
+
+
+def cannot_have_two_four(layer: LinearLayer, exclude: str | None = None) -> str | None:
+    """Return why a layer is not pruned to 2:4 whatever it would gain, or None.
+
+    Args:
+        layer: the layer.
+        exclude: pattern of names that are not pruned.
+    """
+    if (reason := excluded(layer, exclude)) is not None:
+        return reason
     if layer.role not in COMPRESSIBLE_ROLES:
         names = {"patch": "the patch embedding", "head": "the head"}
         return f"left dense: {names.get(layer.role, 'a layer outside attention and MLP')} is not pruned to 2:4"

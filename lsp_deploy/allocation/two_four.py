@@ -12,6 +12,7 @@ from lsp_deploy.allocation.budget import largest_within_budget
 from lsp_deploy.allocation.pruning import Pruning, adopt
 from lsp_deploy.allocation.question import Question, renew_grids
 from lsp_deploy.allocation.sparsity import METHOD, cannot_have_two_four, dense, does_not_pay, two_four_layer
+from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.cost_model import layer_cost
 from lsp_deploy.plan import Plan
 
@@ -25,7 +26,7 @@ def typed_two_four(question: Question, plan: Plan) -> tuple[Plan, Pruning]:
     """Return the plan with 2:4 zeros in every layer that can have them: it was asked for."""
     names, reasons = [], {}
     for layer in question.layers:
-        if (reason := cannot_have_two_four(layer)) is not None:
+        if (reason := cannot_have_two_four(layer, question.recipe.exclude)) is not None:
             plan.layer(layer.name).sparsity = dense("2:4", reason)
             continue
         names.append(layer.name)
@@ -33,7 +34,11 @@ def typed_two_four(question: Question, plan: Plan) -> tuple[Plan, Pruning]:
         note = f", though it does not pay: {no_gain}" if no_gain else ""
         reasons[layer.name] = f"asked for: --sparsity 2:4{note}"
     pruning = _prune(question, plan, names, "2:4")
-    pruning.reasons = {name: f"{reason}{pruning.reasons.get(name, '')}" for name, reason in reasons.items()}
+    found = pruning.reasons
+    pruning.reasons = {
+        name: f"{reason}{found.get(name, '')}" if name in pruning.masks else found[name]
+        for name, reason in reasons.items()
+    }
     return adopt(plan, pruning), pruning
 
 
@@ -51,7 +56,12 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
             names.append(layer.name)
     if not names or question.pruner is None:
         return plan, None
-    damages = question.pruner.two_four_damages(names)
+    try:
+        damages = question.pruner.two_four_damages(names)
+    except UserError as error:  # nobody asked for zeros: a model that cannot be differentiated goes without
+        for name in names:
+            plan.layer(name).sparsity = dense("auto", f"left dense: what 2:4 would lose cannot be predicted: {error}")
+        return plan, None
     savings = {name: _saving(question, plan, name) for name in names}
 
     def damage_a_saving(name: str) -> tuple[float, float]:
@@ -60,6 +70,7 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
 
     order = sorted(names, key=damage_a_saving)
     wanted = _enough_for_flops(question, plan, order)
+    flops_are_met = f"left dense: --flops {question.recipe.flops or 1:g} is met without it"
 
     def trial(count: int) -> tuple[Plan, Pruning]:
         pruning = _prune(question, plan, order[:count], "auto")
@@ -69,10 +80,12 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
             estimate = (
                 f"estimated to save {savings[name]:.3g} µs on {plan.target}, predicted damage {damages[name]:.3g}"
             )
-            if position < count:
+            if position < count and name not in pruning.masks:
+                pruning.reasons[name] = words[name]
+            elif position < count:
                 pruning.reasons[name] = f"2:4 pays here ({estimate}) and fits the loss budget{words.get(name, '')}"
             elif count == wanted:
-                pruning.reasons[name] = f"left dense: --flops {question.recipe.flops:g} is met without it"
+                pruning.reasons[name] = flops_are_met
             else:
                 pruning.reasons[name] = (
                     f"left dense: 2:4 here too ({estimate}) "
@@ -83,16 +96,14 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
     count = largest_within_budget(wanted, lambda n: question.loss_of(trial(n)[0]), budget)
     if count == 0:
         pruning = Pruning("auto")
-        pruning.reasons = {
-            name: f"left dense: 2:4 in any layer would take the loss on held-out images above {budget:g} points"
-            for name in order
-        }
+        too_much = f"left dense: 2:4 in any layer would take the loss on held-out images above {budget:g} points"
+        pruning.reasons = dict.fromkeys(order, too_much if wanted else flops_are_met)
         return adopt(plan, pruning), pruning
     return trial(count)
 
 
 def _why_not(question: Question, layer: LinearLayer) -> str | None:
-    if (reason := cannot_have_two_four(layer)) is not None:
+    if (reason := cannot_have_two_four(layer, question.recipe.exclude)) is not None:
         return reason
     if (no_gain := does_not_pay(layer, question.target, "2:4")) is not None:
         return f"left dense: {no_gain}"
@@ -106,7 +117,10 @@ def _why_not(question: Question, layer: LinearLayer) -> str | None:
 
 
 def _prune(question: Question, plan: Plan, names: Collection[str], asked: str) -> Pruning:
-    """Return 2:4 zeros in the named layers: reconstructed, or by |W|·‖x‖ alone; reasons say what is left of them."""
+    """Return 2:4 zeros in the named layers: reconstructed, or by |W|·‖x‖ alone.
+
+    Reasons say what is left of a layer, or why one that is named has no mask.
+    """
     if question.recover and question.pruner is not None:
         return question.pruner.two_four(names, asked)
     pruning = Pruning(asked, method=METHOD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
 from lsp_deploy.allocation.pruning import Analysis, ChosenPoint, Pruning
+from lsp_deploy.allocation.sparsity import excluded
 from lsp_deploy.bases.change import change_bases
 from lsp_deploy.cache import GRADIENTS, cache_folder, content_key
 from lsp_deploy.graph.structure import structure_groups
@@ -97,6 +97,8 @@ class NetworkPruner:
         for name in names:
             if name in fits:
                 pruning.masks[name], pruning.patterns[name] = fits[name].mask, "2:4"
+            else:
+                pruning.reasons[name] = f"left dense: {network.not_writable[name]}"
         return pruning
 
     def two_four_damages(self, names: Collection[str]) -> dict[str, float]:
@@ -192,9 +194,8 @@ class NetworkPruner:
 
     def why_dense(self, layer: LinearLayer) -> str | None:
         """Return why a layer keeps all its blocks, or None."""
-        exclude = self.task.recipe.exclude
-        if exclude is not None and re.search(exclude, layer.name):
-            return f"left dense: --exclude {exclude} names it"
+        if (reason := excluded(layer, self.task.recipe.exclude)) is not None:
+            return reason
         if block_count(layer, self.task.recipe.block_shape) < 2:
             return f"left dense: {layer.K} × {layer.N} is a single block"
         return None

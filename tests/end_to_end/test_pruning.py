@@ -34,7 +34,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is not what is tested here."""
     from lsp_deploy.engines import profiler
 
-    monkeypatch.setattr(profiler, "profile", functools.partial(profiler.profile, warm_up=0.0))
+    monkeypatch.setattr(profiler, "profile", functools.partial(profiler.profile, warm_up=0.0, block_seconds=0.01))
     monkeypatch.setattr("lsp_deploy.steps.measuring.PROFILE_SECONDS", 0.01)
 
 
