@@ -248,3 +248,49 @@ def test_scales_are_those_of_the_weights_that_are_left(ask) -> None:
         if layer.precision.dtype == "int8" and layer.name in plan.masks:
             left = np.abs(plan.weights[layer.name] * plan.masks[layer.name]).max(axis=0)
             np.testing.assert_allclose(plan.weight_scales[layer.name] * 127, left, rtol=2e-3)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "auto"])
+def test_what_is_excluded_gets_no_two_four(ask, sparsity: str) -> None:
+    plan, _ = decide(ask(sparsity=sparsity, exclude="blocks.0/"))
+    assert plan.masks
+    for layer in plan.layers:
+        if "blocks.0/" in layer.name:
+            assert layer.name not in plan.masks
+            assert layer.sparsity.reason == "left dense: --exclude blocks.0/ names it"
+
+
+def test_auto_leaves_a_model_dense_that_cannot_be_differentiated(ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FakePruner, names: Collection[str]) -> dict[str, float]:
+        raise UserError("operator Odd (node o) cannot be differentiated")
+
+    monkeypatch.setattr(FakePruner, "two_four_damages", refuse)
+    plan, pruning = decide(ask(sparsity="auto"))
+    assert pruning is None and not plan.masks
+    assert all("operator Odd" in layer.sparsity.reason for layer in plan.layers if layer.role in INSIDE)
+
+
+def test_auto_says_that_nothing_is_needed_where_flops_are_met_at_once(ask) -> None:
+    plan, _ = decide(ask(sparsity="auto", flops=1.0))
+    assert not plan.masks
+    assert all("--flops 1 is met without it" in one.sparsity.reason for one in plan.layers if one.role in INSIDE)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "auto"])
+def test_a_layer_that_the_pruner_leaves_alone_is_not_called_pruned(
+    ask, monkeypatch: pytest.MonkeyPatch, sparsity: str
+) -> None:
+    whole = FakePruner.two_four
+
+    def without_one(self: FakePruner, names: Collection[str], asked: str) -> Pruning:
+        pruning = whole(self, names, asked)
+        for name in [name for name in names if name.endswith("blocks.0/mlp/fc1/MatMul")]:
+            del pruning.masks[name], pruning.patterns[name]
+            pruning.reasons[name] = "left dense: it shares its weight"
+        return pruning
+
+    monkeypatch.setattr(FakePruner, "two_four", without_one)
+    plan, _ = decide(ask(sparsity=sparsity))
+    assert any(layer.sparsity.reason == "left dense: it shares its weight" for layer in plan.layers)
+    for layer in plan.layers:
+        assert (layer.name in plan.masks) == (not layer.sparsity.reason.startswith("left dense"))

@@ -225,3 +225,13 @@ def test_a_fixed_batch_gives_what_a_dynamic_one_does(tmp_path: Path, search: str
         np.testing.assert_array_equal(prunings[0].masks[name], prunings[1].masks[name])
     for name in prunings[0].weights:
         np.testing.assert_allclose(prunings[0].weights[name], prunings[1].weights[name], rtol=0, atol=1e-4)
+
+
+def test_a_shared_weight_gets_no_two_four_and_says_so(tmp_path: Path) -> None:
+    pruner = pruner_of(
+        write_tied(tmp_path / "m.onnx", "batch"), calibration_data="random", samples=20, recover="reconstruct",
+        sparsity="2:4",
+    )  # fmt: skip
+    pruning = pruner.two_four(["up0", "down0", "down1"], "2:4")
+    assert set(pruning.masks) == {"up0"}
+    assert pruning.reasons == dict.fromkeys(("down0", "down1"), "left dense: it shares its weight with another layer")
