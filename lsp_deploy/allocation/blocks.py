@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lsp_deploy.allocation.budget import largest_within_budget
-from lsp_deploy.allocation.pruning import Pruner, Pruning, adopt
+from lsp_deploy.allocation.pruning import OutOfReachError, Pruner, Pruning, adopt
 from lsp_deploy.allocation.question import Question, renew_grids
 from lsp_deploy.allocation.sparsity import dense, does_not_pay
 from lsp_deploy.errors import UserError
@@ -44,7 +44,13 @@ def blocks_within_loss(question: Question, plan: Plan, budget: float) -> tuple[P
         pruning = _with_words(question, pruner.blocks(1 - steps / _STEPS))
         return renew_grids(question, adopt(plan, pruning)), pruning
 
-    steps = largest_within_budget(_STEPS - 1, lambda n: question.loss_of(trial(n)[0]), budget)
+    def loss(steps: int) -> float:
+        try:
+            return question.loss_of(trial(steps)[0])
+        except OutOfReachError:
+            return float("inf")  # layers that have to stay hold more than that
+
+    steps = largest_within_budget(_STEPS - 1, loss, budget)
     if steps == 0:
         return _dense(question, plan, f"left dense: no ratio of zero blocks fits {budget:g} points of loss"), None
     return trial(steps)

@@ -9,9 +9,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lsp_deploy.errors import UserError
 from lsp_deploy.plan import Pattern, Plan, RecoveryDecision, SparsityDecision
 
-__all__ = ["Analysis", "ChosenPoint", "Pruner", "Pruning", "adopt"]
+__all__ = ["Analysis", "ChosenPoint", "OutOfReachError", "Pruner", "Pruning", "adopt"]
+
+
+class OutOfReachError(UserError):
+    """A budget below what is left when everything that may go has gone."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Analysis:
     keep: float
     """Fraction of the dense measure that the budget leaves."""
     predicted_damage: float
-    """Σ over layers of the curve's damage at the chosen points, in units of the objective; estimated."""
+    """What one shot at this budget is expected to do, before recovery, in units of the objective; estimated."""
     curves: dict[str, ChosenPoint]
     """By layer name, of the layers that could be pruned."""
 
@@ -90,7 +95,11 @@ class Pruner(Protocol):
         """Predict what 2:4 in each of the named layers alone does to the objective, before recovery."""
 
     def blocks(self, keep: float) -> Pruning:
-        """Prune blocks until the fraction `keep` of the budget's measure remains."""
+        """Prune blocks until the fraction `keep` of the budget's measure remains.
+
+        Raises:
+            OutOfReachError: so little cannot be left.
+        """
 
     def finish(self) -> None:
         """Forget what only an interrupted run would need: all is decided."""

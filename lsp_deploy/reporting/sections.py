@@ -223,7 +223,9 @@ class PruningSection(Section):
     )
     keep_fraction: float | None = Field(None, description="of the dense model's measure that the budget leaves")
     predicted_damage: float | None = Field(
-        None, description="sum over layers of the curve's damage at the chosen points, in units of the objective"
+        None,
+        description="what one shot at this budget is expected to do before recovery, summed over layers, in units of "
+        "the objective; estimated",
     )
     notes: list[str] = Field(default_factory=list, description="what to know of how this was found")
 

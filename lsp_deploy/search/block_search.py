@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from lsp_deploy import console
 from lsp_deploy.allocation.exact import ExactAllocator
 from lsp_deploy.allocation.lsp import LspAllocator
+from lsp_deploy.allocation.pruning import OutOfReachError
 from lsp_deploy.allocation.structure import prefer_structure
-from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.cost_model import block_matmul_energy_uj
 from lsp_deploy.search.block_curves import additive_curve, block_mask_of, block_sizes, layer_curve, removed_blocks
 from lsp_deploy.search.checkpoints import Checkpoints, SearchState
@@ -105,14 +105,18 @@ class BlockSearch:
         return measure.always + sum(measure.of_dense(layer) for layer in (*self.prunable, *self.others))
 
     def predicted_damage(self, keep: float) -> float:
-        """Return what one shot at this budget is expected to do to the objective, without recovery (an estimate)."""
+        """Return what one shot at this budget is expected to do to the objective, without recovery (an estimate).
+
+        Raises:
+            OutOfReachError: so little cannot be left.
+        """
         return self._allocate(self._dense_curves(), keep).damage
 
     def one_shot(self, keep: float) -> Found:
         """Remove blocks once until the fraction `keep` of the measure is left, and reconstruct.
 
         Raises:
-            UserError: so little cannot be left.
+            OutOfReachError: so little cannot be left.
         """
         curves = self._dense_curves()
         allocation = self._allocate(curves, keep)
@@ -128,7 +132,7 @@ class BlockSearch:
         steps. A search that was interrupted goes on behind its last step.
 
         Raises:
-            UserError: so little cannot be left.
+            OutOfReachError: so little cannot be left.
         """
         budgets = [*(1 - STEP * step for step in range(1, round(1 / STEP)) if 1 - STEP * step > keep + 1e-9), keep]
         # The last step is always taken: its allocation is what the reasons come from.
@@ -223,7 +227,7 @@ class BlockSearch:
                 unit=measure.unit,
             ).allocate(keep * self.dense_cost)
         except ValueError as error:
-            raise UserError(f"the budget cannot be met: {error}; ask for more, or prune more layers") from error
+            raise OutOfReachError(f"the budget cannot be met: {error}; ask for more, or prune more layers") from error
 
     @cached_property
     def _power_terms(self) -> tuple[int, dict[str, float] | float]:

@@ -121,17 +121,16 @@ class NetworkPruner:
         budget = self.task.budget
         if budget is None or self.task.measure.kind == "flops":
             return budget
-        measure = self.task.measure
-        dense = measure.always + sum(measure.of_dense(layer) for layer in self._network("sorted").layers)
-        return min(1.0, budget / dense)
+        return min(1.0, budget / self.block_search.dense_cost)
 
     def blocks(self, keep: float) -> Pruning:
         """Prune blocks until the fraction `keep` of the measure is left.
 
         Raises:
-            UserError: so little cannot be left.
+            OutOfReachError: so little cannot be left.
         """
         search = self.block_search
+        damage = search.predicted_damage(keep)  # says at once where the budget is out of reach
         how = self._how(keep)
         search.say_beforehand(keep, how)
         found = search.one_shot(keep) if how == "one-shot" else search.gradual(keep)
@@ -150,7 +149,7 @@ class NetworkPruner:
             search=found.search,
             measure=self.task.measure.kind,
             keep=keep,
-            predicted_damage=search.predicted_damage(keep),
+            predicted_damage=damage,
             curves={
                 name: ChosenPoint(self._curve_to(name, gone), int(gone.sum())) for name, gone in found.gone.items()
             },

@@ -11,7 +11,7 @@ import pytest
 
 from lsp_deploy.allocation.decide import decide
 from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
-from lsp_deploy.allocation.pruning import Pruning
+from lsp_deploy.allocation.pruning import OutOfReachError, Pruning
 from lsp_deploy.allocation.question import Question
 from lsp_deploy.data import open_dataset
 from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
@@ -201,6 +201,21 @@ def test_without_a_budget_blocks_go_as_far_as_the_loss_allows(ask, limit: float)
     assert pruning is not None and plan.masks
     assert question.pruner.kept[-1] == pytest.approx(limit)
     assert len(question.pruner.kept) < 8  # by bisection
+
+
+def test_without_a_budget_the_search_stays_within_reach(ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = FakePruner.blocks
+
+    def blocks(self: FakePruner, keep: float) -> Pruning:
+        if keep < 0.55:
+            raise OutOfReachError("the budget cannot be met")
+        return whole(self, keep)
+
+    monkeypatch.setattr(FakePruner, "blocks", blocks)
+    question = ask(sparsity="block", max_drop=1.0)
+    plan, pruning = decide(question)
+    assert pruning is not None and plan.masks
+    assert question.pruner.kept[-1] == pytest.approx(0.55)
 
 
 def test_where_no_block_fits_the_model_stays_dense(ask) -> None:

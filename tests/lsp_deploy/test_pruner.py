@@ -235,3 +235,10 @@ def test_a_shared_weight_gets_no_two_four_and_says_so(tmp_path: Path) -> None:
     pruning = pruner.two_four(["up0", "down0", "down1"], "2:4")
     assert set(pruning.masks) == {"up0"}
     assert pruning.reasons == dict.fromkeys(("down0", "down1"), "left dense: it shares its weight with another layer")
+
+
+def test_a_shared_weight_counts_once_in_a_budget_of_parameters(tmp_path: Path) -> None:
+    pruner = pruner_of(
+        write_tied(tmp_path / "m.onnx", "batch"), calibration_data="random", samples=20, max_parameters=3152
+    )
+    assert pruner.asked_keep == pytest.approx(3152 / (2 * 16 * 128 + 128 * 16 + 16 * 10))
