@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lsp_deploy import console
-from lsp_deploy.sensitivity.feeds import tensor_feeds
+from lsp_deploy.sensitivity.feeds import real_samples, tensor_feeds
 from lsp_deploy.sensitivity.layer_rows import sample_rows
 
 if TYPE_CHECKING:
@@ -96,16 +96,14 @@ def profile_activations(
         with console.progress("looking for better bases", len(dataset)) as advance:
             for start in range(0, len(dataset), batch):
                 indices = np.arange(start, min(start + batch, len(dataset)))
-                filled = np.concatenate([indices, np.full(batch - len(indices), indices[-1])])
                 size = batch if network.fixed_batch else len(indices)
                 for layer in layers.values():
                     watch_layer(layer, size, len(indices))
                 for node in norms:
                     watch_norm(node)
-                outputs = module(tensor_feeds(dataset, filled[:size], network.device))
+                outputs = module(tensor_feeds(dataset, indices, network.device, fill_to=size))
                 if scored:
-                    whole = {name: value[: len(indices)] for name, value in outputs.items()}
-                    objective(whole, indices).backward()  # type: ignore[no-untyped-call]
+                    objective(real_samples(outputs, len(indices), size), indices).backward()  # type: ignore[no-untyped-call]
                 advance(len(indices))
     finally:
         module.hooks_by_node = {}

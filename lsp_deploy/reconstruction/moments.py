@@ -38,9 +38,10 @@ class Moments:
 
     @property
     def input_energy(self) -> float:
-        """The mean of Σ w x² over the K input features: the unit that ridges are given in."""
+        """The mean of Σ w x² over the K input features: the unit that ridges are given in; 1 where all x are zero."""
         features = len(self.xx) - self.bias
-        return float(self.xx.diagonal()[:features].mean())
+        # Behind a layer that is gone nothing arrives: any ridge keeps the weights as they are, none has no solution.
+        return float(self.xx.diagonal()[:features].mean()) or 1.0
 
     def error(self, theta: torch.Tensor) -> float:
         """Return Σ w ‖x θ - y‖² / Σ w ‖y‖² of weights θ [K (+ 1), N] (the bias in the last row), float64."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from lsp_deploy import console
+from lsp_deploy.errors import UserError
 from lsp_deploy.reconstruction.moments import Moments
 from lsp_deploy.reconstruction.parameters import LayerParameters
 from lsp_deploy.reconstruction.ridge import solve_ridge
@@ -115,6 +116,9 @@ def reconstruct(
 
     Returns:
         By layer name.
+
+    Raises:
+        UserError: activations that are not finite.
     """
     settings = settings or FitSettings()
     fits: dict[str, LayerFit] = {}
@@ -222,13 +226,16 @@ def _moments(
         rows_of = [sample_rows(layer, x, value, lane.size, layout) for value in found]
         x, wanted, matters = rows_of[0][0].float(), rows_of[0][1].float(), rows_of[1][1].float()
         weight = matters.mean(dim=2)
-        if token_weights is not None and len(token_weights) == weight.shape[1]:
+        # In front of a layer that is gone no token has a gradient: all weigh alike.
+        if token_weights is not None and len(token_weights) == weight.shape[1] and token_weights.any():
             relative = torch.from_numpy(token_weights / token_weights.mean()).to(weight)
             weight = weight * (1 - mix + mix * relative)
         for moments, chosen in zip(both, (lane.batch.fitted, lane.batch.held_out), strict=True):
             rows = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
             if len(rows):
                 moments.add(x[rows].flatten(0, 1), wanted[rows].flatten(0, 1), weight[rows].flatten())
+    if not all(bool(torch.isfinite(one.xy).all()) for one in both):
+        raise UserError(f"what {layer.name} reads or gives is NaN or infinite; check the model and its inputs")
     return both[0], both[1]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lsp_deploy import console
 from lsp_deploy.sensitivity.block_gradients import block_gradients, collect_block_gradients
-from lsp_deploy.sensitivity.feeds import tensor_feeds
+from lsp_deploy.sensitivity.feeds import real_samples, tensor_feeds
 from lsp_deploy.sensitivity.layer_rows import sample_rows
 
 if TYPE_CHECKING:
@@ -123,11 +123,9 @@ def token_weights(network: Network, objective: Objective) -> dict[str, NDArray[n
             for start in range(0, len(dataset), batch):
                 indices = np.arange(start, min(start + batch, len(dataset)))
                 size = batch if network.fixed_batch else len(indices)
-                filled = np.concatenate([indices, np.full(size - len(indices), indices[-1])])
                 module.hooks_by_node = {layer.name: watch(layer, size, len(indices)) for layer in network.layers}
-                outputs = module(tensor_feeds(dataset, filled, network.device))
-                whole = {name: value[: len(indices)] for name, value in outputs.items()}
-                objective(whole, indices).backward()  # type: ignore[no-untyped-call]
+                outputs = module(tensor_feeds(dataset, indices, network.device, fill_to=size))
+                objective(real_samples(outputs, len(indices), size), indices).backward()  # type: ignore[no-untyped-call]
                 advance(len(indices))
     finally:
         module.hooks_by_node = {}

@@ -25,7 +25,7 @@ from lsp_deploy.search.measure import Measure
 from lsp_deploy.search.network import Network
 from lsp_deploy.sensitivity.analysis import analyse
 from lsp_deploy.sensitivity.block_gradients import block_count, weight_groups
-from lsp_deploy.sensitivity.feeds import tensor_feeds
+from lsp_deploy.sensitivity.feeds import real_samples, tensor_feeds
 from lsp_deploy.sensitivity.objectives import default_objective, make_objective
 
 if TYPE_CHECKING:
@@ -234,9 +234,8 @@ class NetworkPruner:
         @torch.no_grad()
         def dense(indices: NDArray[np.int64]) -> Mapping[str, torch.Tensor]:
             size = network.batch_size if network.fixed_batch else len(indices)
-            filled = np.concatenate([indices, np.full(size - len(indices), indices[-1])])
-            outputs = network.dense(tensor_feeds(network.dataset, filled, network.device))
-            return {name: value[: len(indices)] for name, value in outputs.items()}
+            outputs = network.dense(tensor_feeds(network.dataset, indices, network.device, fill_to=size))
+            return real_samples(outputs, len(indices), size)
 
         return make_objective(
             self._objective_name,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lsp_deploy import console
 from lsp_deploy.errors import UserError
-from lsp_deploy.sensitivity.feeds import tensor_feeds
+from lsp_deploy.sensitivity.feeds import real_samples, tensor_feeds
 from lsp_deploy.sensitivity.gradient_files import GradientFiles
 from lsp_deploy.sensitivity.layer_rows import Layout, sample_rows
 from lsp_deploy.sensitivity.results import BlockGradients
@@ -123,7 +123,8 @@ def collect_block_gradients(
                 indices = np.asarray(samples[start : start + batch_size], np.int64)
                 for collector in collectors:
                     collector.begin(module, len(indices), batch_size if fixed_batch else len(indices))
-                _run(module, _feeds(dataset, indices, batch_size if fixed_batch else 0, device), objective, indices)
+                feeds = tensor_feeds(dataset, indices, device, fill_to=batch_size if fixed_batch else 0)
+                _run(module, feeds, objective, indices)
                 for collector in collectors:
                     collector.end()
                 advance(len(indices))
@@ -162,20 +163,10 @@ def _run(module: OnnxModule, feeds: dict[str, torch.Tensor], objective: Objectiv
     with torch.enable_grad():
         outputs = module(feeds)
         size = len(next(iter(feeds.values())))
-        # What fills up a fixed batch counts for nothing.
-        whole = {
-            name: value[: len(indices)] if value.dim() and len(value) == size else value
-            for name, value in outputs.items()
-        }
-        value = objective(whole, indices)
+        value = objective(real_samples(outputs, len(indices), size), indices)
         if not value.requires_grad:
             raise UserError("no linear layer influences the outputs that the objective looks at; choose another one")
         value.backward()  # type: ignore[no-untyped-call]
-
-
-def _feeds(dataset: Dataset, indices: NDArray[np.int64], fixed: int, device: str) -> dict[str, torch.Tensor]:
-    filled = np.concatenate([indices, np.full(max(0, fixed - len(indices)), indices[-1])])
-    return tensor_feeds(dataset, filled, device)
 
 
 class _Collector:

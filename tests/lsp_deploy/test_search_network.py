@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,6 +15,8 @@ from graphs import graph, run  # noqa: E402
 from networks import digits_network, moved_network, network_of, outputs_of_plan, plan_of  # noqa: E402
 
 from lsp_deploy.allocation.masks import block_mask  # noqa: E402
+from lsp_deploy.errors import UserError  # noqa: E402
+from lsp_deploy.linear_layers import LinearLayer  # noqa: E402
 from lsp_deploy.passes.canonicalize import canonicalize  # noqa: E402
 from lsp_deploy.search.gradients import (  # noqa: E402
     mean_magnitude,
@@ -21,7 +25,7 @@ from lsp_deploy.search.gradients import (  # noqa: E402
     token_weights,
 )
 from lsp_deploy.search.network import Network  # noqa: E402
-from lsp_deploy.sensitivity.feeds import tensor_feeds  # noqa: E402
+from lsp_deploy.sensitivity.feeds import real_samples, tensor_feeds  # noqa: E402
 from lsp_deploy.sensitivity.objectives import make_objective  # noqa: E402
 
 INSIDE = ("qkv", "proj", "fc1", "fc2")
@@ -225,3 +229,48 @@ def test_a_dense_prediction_model_has_networks_too() -> None:
     gradients = network_gradients(network, objective, (16, 16))
     assert all(np.isfinite(scores).all() for scores in gradients.scores.values())
     assert len(gradients.scores) == len(network.layers)
+
+
+def first_mlp(network: Network) -> tuple[LinearLayer, LinearLayer]:
+    return next((one, other) for one, other in pairwise(network.layers) if (one.role, other.role) == ("fc1", "fc2"))
+
+
+def test_a_layer_in_front_of_one_that_is_gone_is_solved_with_all_tokens_alike() -> None:
+    network = digits_network(16)
+    first, second = first_mlp(network)
+    masks = {second.name: np.zeros((second.K, second.N), bool)}
+    network.mask(masks)
+    weights = token_weights(network, make_objective("top1", network.model))
+    assert not weights[first.name].any()
+    network.reset()
+    fits = network.reconstruct(masks, [first.name, second.name], token_weights=weights)
+    network.reset()
+    alike = network.reconstruct(masks, [first.name, second.name])
+    torch.testing.assert_close(fits[first.name].theta, alike[first.name].theta)
+
+
+@pytest.mark.parametrize("two_four", [False, True])
+def test_a_layer_that_nothing_arrives_at_keeps_its_weights(two_four: bool) -> None:
+    network = digits_network(16)
+    first, second = first_mlp(network)
+    theta = torch.zeros_like(network.theta(first.name))
+    theta[first.K] = -100.0  # a GELU gives zero
+    network.set_theta(first.name, theta)
+    before = network.theta(second.name)[: second.K]
+    fit = network.reconstruct({}, [second.name], two_four=[second.name] if two_four else ())[second.name]
+    kept = torch.from_numpy(fit.mask)
+    torch.testing.assert_close(fit.theta[: second.K][kept], before[kept])
+
+
+def test_activations_that_are_not_finite_are_bad_input() -> None:
+    network = digits_network(16)
+    first, second = first_mlp(network)
+    network.set_theta(first.name, network.theta(first.name) * float("inf"))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        network.reconstruct({}, [second.name])
+
+
+def test_filling_is_left_out_of_what_has_a_row_for_each_sample() -> None:
+    outputs = {"logits": torch.zeros(4, 10), "scale": torch.tensor(14.3), "table": torch.zeros(7, 2)}
+    shapes = {name: tuple(value.shape) for name, value in real_samples(outputs, 3, 4).items()}
+    assert shapes == {"logits": (3, 10), "scale": (), "table": (7, 2)}
