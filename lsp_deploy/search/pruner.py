@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lsp_deploy import __version__
 from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
 from lsp_deploy.allocation.pruning import Analysis, ChosenPoint, Pruning
 from lsp_deploy.allocation.sparsity import excluded
@@ -48,7 +49,7 @@ GRADUAL_FROM = 2.0
 
 On DeiT-Tiny steps gained nothing below it and up to twelve points above: docs/benchmarks/2026-11-28-pruning.md.
 """
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 1  # of the steps of a search
 
 
 @dataclass(frozen=True)
@@ -249,22 +250,12 @@ class NetworkPruner:
     def _sensitivity(self) -> Sensitivity:
         task, network = self.task, self._network("sorted")
         network.reset()
-        sha256 = task.model_sha256
-        if task.change_bases:
-            sha256 = content_key(
-                model=sha256,
-                bases="sorted",
-                objective=self._objective_name,
-                seed=task.recipe.seed,
-                data=task.calibration.identity,
-                format=_CACHE_FORMAT,
-            )
         return analyse(
             network.model,
             network.current_layers(),
             task.calibration,
             block=task.recipe.block_shape,
-            model_sha256=sha256,
+            model_sha256=task.model_sha256,
             cache=cache_folder() / GRADIENTS,
             objective=self._objective_name,
             seed=task.recipe.seed,
@@ -327,6 +318,7 @@ class NetworkPruner:
         task, recipe = self.task, self.task.recipe
         return content_key(
             format=_CACHE_FORMAT,
+            version=__version__,
             model=task.model_sha256,
             data=task.calibration.identity,
             bases=task.change_bases,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import torch
 
 from lsp_deploy import console
 from lsp_deploy.autodiff.module import OnnxModule
+from lsp_deploy.cache import content_key
 from lsp_deploy.errors import UserError
 from lsp_deploy.model import input_shapes
 from lsp_deploy.sensitivity.block_gradients import block_count, block_gradients, collect_block_gradients, weight_groups
@@ -62,7 +62,7 @@ def analyse(
         layers: its linear layers.
         dataset: every sample is used.
         block: (block_k, block_n) on W [K, N], any positive sizes; ragged edges form smaller blocks.
-        model_sha256: of the user's file; with the dataset's identity it names the results in the cache.
+        model_sha256: of the user's file; with the weights and the dataset's identity it names the results in the cache.
         cache: folder where A is kept, [samples, blocks] float32 a layer. A second analysis of the same reads it, and
             one that was interrupted goes on; κ is not part of it.
         objective: one of `OBJECTIVES`; `default_objective` if None.
@@ -83,7 +83,7 @@ def analyse(
         console.warn(f"labels are not used: the model has no class scores [batch, classes]; the objective is {name}")
     differentiated = make_objective(name, model, dataset.labels, seed=seed)
     drawn = seed if name in ("pseudo", "output") else None
-    folder = cache / _key(model_sha256, dataset.identity, block, name, drawn, [layer.name for layer in layers])
+    folder = cache / _key(model_sha256, dataset.identity, block, name, drawn, layers)
     blocks = [block_count(group[0], block) for group in weight_groups(layers)]
     whole = GradientFiles(folder / f"0-{len(dataset)}", len(dataset), blocks) if team.leads else None
     if not team.agree(whole is not None and whole.complete):
@@ -135,9 +135,24 @@ def default_kappa(gathered: Mapping[str, BlockGradients]) -> float:
     return _RIDGE_SHARE * sum(float(one.fisher.sum()) for one in distinct) / weights if weights else 0.0
 
 
-def _key(model: str, data: str, block: tuple[int, int], objective: str, seed: int | None, layers: list[str]) -> str:
-    content = json.dumps([_FORMAT, model, data, list(block), objective, seed, layers])
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
+def _key(
+    model: str, data: str, block: tuple[int, int], objective: str, seed: int | None, layers: Sequence[LinearLayer]
+) -> str:
+    # The file's hash does not cover weights that lie outside it, or that were given another basis.
+    weights = hashlib.sha256()
+    for layer in layers:
+        weights.update(np.ascontiguousarray(layer.weight()).data)
+    names = [layer.name for layer in layers]
+    return content_key(
+        format=_FORMAT,
+        model=model,
+        data=data,
+        block=block,
+        objective=objective,
+        seed=seed,
+        layers=names,
+        weights=weights.hexdigest(),
+    )
 
 
 def plan_batches(

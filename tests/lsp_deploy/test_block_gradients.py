@@ -221,7 +221,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first.contributions(0), np.ones((4, 3)))
 
 
-@pytest.mark.parametrize("change", ["block", "objective", "samples", "model"])
+@pytest.mark.parametrize("change", ["block", "objective", "samples", "model", "weights"])
 def test_what_differs_is_not_read_from_the_cache(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits(4).analyse(tmp_path, objective="top1")
     ran = []
@@ -230,6 +230,9 @@ def test_what_differs_is_not_read_from_the_cache(change: str, tmp_path: Path, mo
     digits(4).analyse(tmp_path, objective="top1")
     assert not ran
     case = digits(3 if change == "samples" else 4)
+    if change == "weights":  # outside the file, say
+        value = case.layers[0].weight_value
+        value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
     analyse(
         case.model,
         case.layers,
