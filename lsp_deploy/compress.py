@@ -180,7 +180,8 @@ def _plan(
     options: RunOptions,
     decided: Plan | None,
 ) -> tuple[Plan, Pruning | None]:
-    from lsp_deploy.steps.planning import make_plan, replay_plan
+    from lsp_deploy.steps.planning import make_plan
+    from lsp_deploy.steps.replaying import replay_plan
 
     if decided is not None and options.plan is not None:
         return replay_plan(decided, prepared, target, options.plan), None

@@ -1,19 +1,14 @@
-"""A plan made from measurements, or taken from a file."""
+"""A plan made from measurements."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lsp_deploy import console
 from lsp_deploy.allocation.decide import decide
-from lsp_deploy.allocation.masks import block_mask, magnitude_score, two_four_mask
-from lsp_deploy.allocation.question import Question, set_weight_scales
-from lsp_deploy.errors import UserError
-from lsp_deploy.plan import LayerPlan, Plan, RecoveryDecision
+from lsp_deploy.allocation.question import Question
+from lsp_deploy.plan import Plan
 from lsp_deploy.sensitivity.activations import ActivationStatistics, collect_activations
 from lsp_deploy.steps.apply import apply_decisions
 from lsp_deploy.steps.evaluation import Evaluator
@@ -27,7 +22,7 @@ if TYPE_CHECKING:
     from lsp_deploy.steps.calibration import CalibrationData
     from lsp_deploy.steps.preparation import PreparedModel
 
-__all__ = ["batch_size", "make_plan", "replay_plan"]
+__all__ = ["batch_size", "make_plan"]
 
 
 def make_plan(
@@ -69,49 +64,6 @@ def make_plan(
     return plan, pruning
 
 
-def replay_plan(plan: Plan, prepared: PreparedModel, target: Target, path: Path) -> Plan:
-    """Return `plan` ready to be applied to `prepared`: the same bytes as the run that wrote it, without any data.
-
-    Without plan.safetensors the decisions are applied again to the dense weights: masks by magnitude, weight scales
-    by their maximum, nothing refitted; the user is told what is missing.
-
-    Raises:
-        UserError: the plan is of another model or target, or names layers that the model does not have.
-    """
-    if plan.model_sha256 != prepared.sha256:
-        console.warn(f"{path} was made for another file than {prepared.path}; its decisions are applied by layer name")
-    if plan.target != target.name:
-        raise UserError(f"{path} is a plan for --target {plan.target}, not for {target.name}")
-    if plan.compute_type != prepared.compute_type:
-        raise UserError(f"{path} computes in {plan.compute_type}, this run in {prepared.compute_type}")
-    layers = {layer.name: layer for layer in prepared.layers}
-    for decided in plan.layers:
-        found = layers.get(decided.name)
-        if found is None or (found.K, found.N) != (decided.K, decided.N):
-            raise UserError(f"{path}: layer {decided.name} ({decided.K} × {decided.N}) is not in {prepared.path}")
-        if decided.precision.dtype == "int8" and decided.precision.activation_scale is None:
-            raise UserError(f"{path}: layer {decided.name} is int8 but has no activation_scale")
-    missing = [layer for layer in plan.layers if layer.sparsity.pattern != "dense" and layer.name not in plan.masks]
-    for layer in missing:
-        plan.masks[layer.name] = _magnitude_mask(layer, plan, prepared.weights[layer.name])
-    refitted = [layer for layer in plan.layers if layer.recovery.method != "none" and layer.name not in plan.weights]
-    for layer in refitted:
-        layer.recovery = RecoveryDecision(reason="the refitted weights are missing: the dense ones stay")
-    if missing or refitted:
-        lost = [f"masks of {len(missing)} layers are chosen again, by magnitude"] if missing else []
-        lost += [f"refitted weights of {len(refitted)} layers are the dense ones again"] if refitted else []
-        console.warn(
-            f"{path.with_suffix('.safetensors').name} is missing: {', '.join(lost)}; "
-            "the result may differ from the one that was measured"
-        )
-    for name in [name for name in plan.masks if plan.layer(name).sparsity.pattern == "dense"]:
-        del plan.masks[name]  # the json was edited: its decisions win
-    scales = dict(plan.weight_scales)
-    set_weight_scales(plan, prepared.weights)
-    plan.weight_scales.update({name: scale for name, scale in scales.items() if name in plan.weight_scales})
-    return plan
-
-
 def batch_size(prepared: PreparedModel) -> int:
     """Return how many samples a calibration run takes: enough to be fast, few enough for memory."""
     widest = max(layer.K for layer in prepared.layers)
@@ -136,10 +88,3 @@ def _statistics(
 
 def _input_names(prepared: PreparedModel) -> dict[str, str]:
     return {layer.name: str(layer.x.name) for layer in prepared.layers}
-
-
-def _magnitude_mask(layer: LayerPlan, plan: Plan, weight: NDArray[np.float32]) -> NDArray[np.bool_]:
-    score = magnitude_score(weight)
-    if layer.sparsity.pattern == "2:4":
-        return two_four_mask(score)
-    return block_mask(score, plan.block_shape or (32, 32), 1 - layer.sparsity.zeros)

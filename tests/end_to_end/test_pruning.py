@@ -244,6 +244,36 @@ def test_a_plan_replays_with_its_weights_and_bases_to_the_same_bytes(run, bare: 
         assert layer.recovery.method == "none", "what is not done is not said"
 
 
+def edit(path: Path, name: str, **decision: object) -> None:
+    """Edit what a plan says of one layer's zeros by hand."""
+    content = json.loads(path.read_text())
+    next(layer for layer in content["layers"] if layer["name"] == name)["sparsity"] |= decision
+    path.write_text(json.dumps(content))
+
+
+def test_a_plan_that_was_edited_is_carried_out_as_it_says_or_refused(run, bare: Path, compress) -> None:
+    assert compress("--flops", "0.6", out="a").code == 0
+    path, before = Path("a/plan.json"), plan_of("a")
+    replay = ("compress", bare.name, "--target", "a100", "--no-build", "--jobs", "1", "--plan", path)
+    dense, *pruned = sorted(before.layers, key=lambda layer: (layer.name in before.masks, layer.role not in INSIDE))
+    assert dense.name not in before.masks
+    edit(path, pruned[-1].name, pattern="dense", zeros=0.0)
+    result = run(*replay, "-o", "b")
+    assert result.code == 2 and "cannot become dense again" in result.err
+    edit(path, pruned[-1].name, pattern="block", zeros=before.layer(pruned[-1].name).sparsity.zeros)
+    edit(path, dense.name, pattern="block", zeros=0.5)
+    two_four = next(layer for layer in pruned if layer.name in before.masks and layer.K % 4 == 0)
+    edit(path, two_four.name, pattern="2:4", zeros=0.5)
+    result = run(*replay, "-o", "c")
+    assert result.code == 0, result.err
+    assert "plan.json was edited: masks of 2 layers are chosen again" in result.err
+    after = plan_of("c")
+    assert after.masks[dense.name].mean() == pytest.approx(1 - after.layer(dense.name).sparsity.zeros)
+    groups = after.masks[two_four.name].reshape(-1, 4, two_four.N)
+    assert (groups.sum(axis=1) == 2).all()
+    assert set(before.masks) | {dense.name} == set(after.masks)
+
+
 def test_little_that_goes_changes_little(compress, bare: Path) -> None:
     assert compress("--flops", "0.97", "--recover", "reconstruct", "--precision", "fp32", target="cpu").code == 0
     plan = plan_of()
