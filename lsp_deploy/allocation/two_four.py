@@ -23,7 +23,11 @@ __all__ = ["add_two_four", "typed_two_four"]
 
 
 def typed_two_four(question: Question, plan: Plan) -> tuple[Plan, Pruning]:
-    """Return the plan with 2:4 zeros in every layer that can have them: it was asked for."""
+    """Return the plan with 2:4 zeros in every layer that can have them: it was asked for.
+
+    Raises:
+        UserError: the weights cannot be reconstructed.
+    """
     names, reasons = [], {}
     for layer in question.layers:
         if (reason := cannot_have_two_four(layer, question.recipe.exclude)) is not None:
@@ -33,7 +37,10 @@ def typed_two_four(question: Question, plan: Plan) -> tuple[Plan, Pruning]:
         no_gain = does_not_pay(layer, question.target, "2:4")
         note = f", though it does not pay: {no_gain}" if no_gain else ""
         reasons[layer.name] = f"asked for: --sparsity 2:4{note}"
-    pruning = _prune(question, plan, names, "2:4")
+    try:
+        pruning = _prune(question, plan, names, "2:4")
+    except UserError as error:
+        raise UserError(f"{error}; with --recover none, 2:4 needs no gradients") from error
     found = pruning.reasons
     pruning.reasons = {
         name: f"{reason}{found.get(name, '')}" if name in pruning.masks else found[name]

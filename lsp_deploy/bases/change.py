@@ -104,18 +104,25 @@ class _Trial:
 
     def _keep(self, changes: Sequence[_Change]) -> bool:
         before = {name: weight.detach().clone() for name, weight in self.network.dense.weights.items()}
-        for change in changes:
-            change()
-        outputs = self._outputs()
-        same = all(
-            bool(torch.isfinite(outputs[name]).all())
-            and float((outputs[name] - value).abs().max()) <= _TOLERANCE * float(value.abs().max())
-            for name, value in self.expected.items()
-        )
+        same = self._are_exact(changes)
         if not same:
             for name, weight in self.network.dense.weights.items():
                 weight.data.copy_(before[name])
         return same
+
+    def _are_exact(self, changes: Sequence[_Change]) -> bool:
+        """Make the changes; returns whether the outputs are still the same."""
+        try:
+            for change in changes:
+                change()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not finite, or without convergence
+            return False
+        outputs = self._outputs()
+        return all(
+            bool(torch.isfinite(outputs[name]).all())
+            and float((outputs[name] - value).abs().max()) <= _TOLERANCE * float(value.abs().max())
+            for name, value in self.expected.items()
+        )
 
     @torch.no_grad()
     def _outputs(self) -> dict[str, torch.Tensor]:

@@ -229,6 +229,20 @@ def test_what_changes_outputs_is_taken_back() -> None:
     assert "q and k" not in notes[0]
 
 
+def test_a_decomposition_that_fails_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        network.set_dense_theta(layer.name, network.dense_theta(layer.name) * 2)
+        raise torch.linalg.LinAlgError("did not converge")
+
+    network = digits_network(8)
+    layer = network.layers[0]
+    monkeypatch.setattr("lsp_deploy.bases.change.concentrate_v", fail)
+    before = network.dense_theta(layer.name)
+    notes = change_bases(network, make_objective("top1", network.model), "interleaved")
+    torch.testing.assert_close(network.dense_theta(layer.name).norm(), before.norm(), rtol=0.2, atol=0)
+    assert any("v and proj" in note and "would not have stayed" in note for note in notes)
+
+
 def test_a_shared_weight_is_never_touched() -> None:
     model = graph(
         """

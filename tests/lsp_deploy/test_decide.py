@@ -309,3 +309,14 @@ def test_a_layer_that_the_pruner_leaves_alone_is_not_called_pruned(
     assert any(layer.sparsity.reason == "left dense: it shares its weight" for layer in plan.layers)
     for layer in plan.layers:
         assert (layer.name in plan.masks) == (not layer.sparsity.reason.startswith("left dense"))
+
+
+def test_typed_two_four_of_a_model_that_cannot_be_differentiated_says_what_to_do(
+    ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FakePruner, names: Collection[str], asked: str) -> Pruning:
+        raise UserError("operator Odd (node o) cannot be differentiated")
+
+    monkeypatch.setattr(FakePruner, "two_four", refuse)
+    with pytest.raises(UserError, match=r"operator Odd .* --recover none"):
+        decide(ask(sparsity="2:4"))
