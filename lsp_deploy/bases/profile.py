@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,6 +93,7 @@ def profile_activations(
 
         module.hooks_by_node[str(node.name)] = hook
 
+    started = time.perf_counter()
     try:
         with console.progress("looking for better bases", len(dataset)) as advance:
             for start in range(0, len(dataset), batch):
@@ -107,6 +109,7 @@ def profile_activations(
                 advance(len(indices))
     finally:
         module.hooks_by_node = {}
+    network.pass_seconds = time.perf_counter() - started
     return profile
 
 

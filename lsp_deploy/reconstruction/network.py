@@ -32,7 +32,8 @@ __all__ = ["Batch", "FitSettings", "LayerFit", "reconstruct"]
 
 
 _RIDGE_FACTORS = (1.0, 0.1, 0.3, 3.0, 10.0)  # of equal error the first one counts
-_TRIED_COLUMNS = 64
+TRIED_COLUMNS = 64
+TRIED_RIDGES = len(_RIDGE_FACTORS)
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _best_ridge(
 
     It is tried on some columns, evenly spread: a solve for every column of a 2:4 mask takes long.
     """
-    columns = np.unique(np.linspace(0, mask.shape[1] - 1, min(mask.shape[1], _TRIED_COLUMNS)).round().astype(np.int64))
+    columns = np.unique(np.linspace(0, mask.shape[1] - 1, min(mask.shape[1], TRIED_COLUMNS)).round().astype(np.int64))
     some_fitted, some_held_out = fitted.columns(columns), held_out.columns(columns)
     some_prior, some_mask = prior[:, columns], mask[:, columns]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ from lsp_deploy.allocation.structure import prefer_structure
 from lsp_deploy.hardware.cost_model import block_matmul_energy_uj
 from lsp_deploy.search.block_curves import additive_curve, block_mask_of, block_sizes, layer_curve, removed_blocks
 from lsp_deploy.search.checkpoints import Checkpoints, SearchState
+from lsp_deploy.search.duration import in_words
 from lsp_deploy.search.gradients import mean_magnitude, network_gradients, token_weights
 from lsp_deploy.sensitivity.results import LayerSensitivity
 
@@ -95,8 +95,6 @@ class BlockSearch:
         self.prunable, self.others = list(prunable), list(others)
         self.sensitivity, self.objective, self.measure, self.settings = sensitivity, objective, measure, settings
         self._checkpoints = Checkpoints(checkpoints)
-        self.seconds: dict[str, float] = {}
-        """Wall-clock seconds of what was done so far, by kind of work: gradients, reconstruction."""
 
     @cached_property
     def dense_cost(self) -> float:
@@ -142,9 +140,7 @@ class BlockSearch:
         else:
             self.network.reset()
         for budget in budgets[done:]:
-            start = time.perf_counter()
             gradients = network_gradients(self.network, self.objective, self.settings.block)
-            self.seconds["gradients"] = time.perf_counter() - start
             state.token_weights = dict(gradients.token_weights)
             state.scores = _averaged(state.scores, gradients.scores)
             curves = self._curves_of(state)
@@ -253,7 +249,6 @@ class BlockSearch:
         if not self.settings.recover:
             self.network.mask(masks)
             return {}
-        start = time.perf_counter()
         fits = self.network.reconstruct(
             masks,
             {layer.name for layer in self.refitted} | masks.keys(),
@@ -261,20 +256,17 @@ class BlockSearch:
             description=description,
         )
         self.network.mask({name: mask for name, mask in masks.items() if name not in fits})
-        self.seconds["reconstruction"] = time.perf_counter() - start
         return fits
 
     def say_beforehand(self, keep: float, search: str) -> None:
-        """Tell the user how long the search is going to take, from the time that the analysis took (an estimate)."""
-        gradients = self.seconds.get("analysis", 0.0)
-        steps = int(np.ceil((1 - keep) / STEP - 1e-9)) if search == "gradual" else 0
-        each = 2 * gradients if self.settings.recover else gradients
-        seconds = each * (steps + 1)
-        if seconds > 30:
-            what = f"{steps} steps" if steps else "one shot"
-            console.say(
-                f"{search} search: {what}, about {seconds / 60:.0f} min (estimated from {gradients:.0f} s of analysis)"
-            )
+        """Tell the user how long the search is going to take, where that is long: an estimate."""
+        steps = int(np.ceil((1 - keep) / STEP - 1e-9)) if search == "gradual" else 1
+        each = self.network.pass_seconds
+        if self.settings.recover:
+            each += self.network.reconstruction_seconds({layer.name for layer in (*self.refitted, *self.prunable)})
+        if steps * each > 30:
+            what = f"gradual search in {steps} steps" if search == "gradual" else "one-shot search"
+            console.say(f"{what}: about {in_words(steps * each)} from here (estimated)")
 
 
 def _averaged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,6 +119,7 @@ def token_weights(network: Network, objective: Objective) -> dict[str, NDArray[n
 
         return hook
 
+    started = time.perf_counter()
     try:
         with console.progress("token weights", len(dataset)) as advance:
             for start in range(0, len(dataset), batch):
@@ -129,6 +131,7 @@ def token_weights(network: Network, objective: Objective) -> dict[str, NDArray[n
                 advance(len(indices))
     finally:
         module.hooks_by_node = {}
+    network.pass_seconds = time.perf_counter() - started
     return energies.weights()
 
 

@@ -14,6 +14,7 @@ from lsp_deploy.linear_layers import LinearLayer, linear_layers
 from lsp_deploy.passes.own_constants import OwnConstantsPass
 from lsp_deploy.reconstruction.network import Batch, FitSettings, LayerFit, reconstruct
 from lsp_deploy.reconstruction.parameters import LayerParameters, why_not_writable
+from lsp_deploy.search.duration import reconstruction_seconds
 from lsp_deploy.sensitivity.analysis import plan_batches
 
 if TYPE_CHECKING:
@@ -68,7 +69,20 @@ class Network:
         self._traced_batch = next(iter(shapes.values()))[0]  # the batch that the layers' M is counted at
         self._samples = min(len(dataset), max(8, _MOST_BYTES // max(1, self._bytes_of_a_sample())))
         self._batches: list[Batch] | None = None
+        self.pass_seconds = 0.0
+        """Wall-clock seconds of the last pass forward and backward over the samples; 0 before the first."""
         self._original = {name: weight.detach().clone() for name, weight in self.dense.weights.items()}
+
+    def reconstruction_seconds(self, names: Collection[str], two_four: Collection[str] = ()) -> float:
+        """Return how long reconstruction of the named layers is going to take, estimated; see `search.duration`."""
+        return reconstruction_seconds(
+            [layer for layer in self.layers if layer.name in names],
+            two_four,
+            samples=self._samples,
+            batch=self._traced_batch,
+            pass_seconds=self.pass_seconds * self._samples / len(self.dataset),
+            device=self.device,
+        )
 
     def layer(self, name: str) -> LinearLayer:
         """Return a layer by name."""

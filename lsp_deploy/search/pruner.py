@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lsp_deploy import __version__
+from lsp_deploy import __version__, console
 from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
 from lsp_deploy.allocation.pruning import Analysis, ChosenPoint, Pruning
 from lsp_deploy.allocation.sparsity import excluded
@@ -21,6 +20,7 @@ from lsp_deploy.cache import GRADIENTS, cache_folder, content_key
 from lsp_deploy.graph.structure import structure_groups
 from lsp_deploy.plan import RecoveryDecision
 from lsp_deploy.search.block_search import BlockSearch, Found, SearchSettings
+from lsp_deploy.search.duration import in_words
 from lsp_deploy.search.gradients import removal_damages, token_weights
 from lsp_deploy.search.measure import Measure
 from lsp_deploy.search.network import Network
@@ -87,9 +87,13 @@ class NetworkPruner:
         network = self._network("interleaved")
         network.reset()
         weights = self._two_four_token_weights
+        solved = {layer.name for layer in network.layers if layer.role in REFITTED_ROLES} | set(names)
+        seconds = network.reconstruction_seconds(solved, names)
+        if seconds > 30:
+            console.say(f"2:4 in {len(names)} layers: about {in_words(seconds)} from here (estimated)")
         fits = network.reconstruct(
             {},
-            {layer.name for layer in network.layers if layer.role in REFITTED_ROLES} | set(names),
+            solved,
             two_four=set(names),
             token_weights=weights,
             description=f"2:4 in {len(names)} layers",
@@ -167,11 +171,10 @@ class NetworkPruner:
         """The search over blocks, its network analysed."""
         task, recipe = self.task, self.task.recipe
         network = self._network("sorted")
-        start = time.perf_counter()
         sensitivity = self._sensitivity
         prunable = [layer for layer in self._one_per_weight if not self.why_dense(layer)]
         covered = {name for layer in prunable for name in self._sharing[layer.name]}
-        search = BlockSearch(
+        return BlockSearch(
             network,
             prunable,
             [layer for layer in network.layers if layer.name not in covered],
@@ -189,8 +192,6 @@ class NetworkPruner:
             ),
             cache_folder() / "search" / self._search_key(),
         )
-        search.seconds["analysis"] = time.perf_counter() - start
-        return search
 
     def why_dense(self, layer: LinearLayer) -> str | None:
         """Return why a layer keeps all its blocks, or None."""

@@ -342,15 +342,15 @@ def divergence(network: Network) -> float:
     return float(torch.nn.functional.kl_div(*answers, log_target=True, reduction="batchmean"))
 
 
-@pytest.mark.parametrize(("search", "steps"), [("one-shot", "one shot"), ("gradual", "7 steps")])
+@pytest.mark.parametrize(("search", "steps"), [("one-shot", "one-shot search"), ("gradual", "7 steps")])
 def test_a_long_search_is_announced(no_recovery: BlockSearch, capsys, search: str, steps: str) -> None:
-    no_recovery.seconds["analysis"] = 60
+    no_recovery.network.pass_seconds = 60
     no_recovery.say_beforehand(0.65, search)
     said = "".join(capsys.readouterr())
     assert steps in said and "estimated" in said
 
 
 def test_a_short_one_is_not(no_recovery: BlockSearch, capsys) -> None:
-    no_recovery.seconds["analysis"] = 0.1
+    no_recovery.network.pass_seconds = 0.1
     no_recovery.say_beforehand(0.65, "gradual")
     assert "".join(capsys.readouterr()) == ""
