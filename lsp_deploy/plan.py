@@ -55,7 +55,9 @@ class RecoveryDecision(_Strict):
     )
     ridge: float | None = Field(None, description="strength of the pull to the old weights, in mean input energies")
     error_before: float | None = Field(
-        None, description="relative squared error of what is fitted, on samples held out from the fit, before it"
+        None,
+        description="relative squared error of what is fitted, on samples held out from the fit (on those fitted to, "
+        "where there are too few), before it",
     )
     error_after: float | None = Field(None, description="the same after it")
     reason: str = Field("not asked for", description="why this, in words for the report")

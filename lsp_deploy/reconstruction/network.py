@@ -69,8 +69,10 @@ class LayerFit:
     fits: Literal["layer output", "residual stream"]
     ridge: float
     error_before: float
-    """Relative squared error of what is fitted on the held-out samples, with the masked weights of before."""
+    """Relative squared error of what is fitted, on the samples that judge, with the masked weights of before."""
     error_after: float
+    held_out: bool
+    """Whether samples judge that are held out from the fit; those fitted to do where there are too few."""
     accepted: bool
     """Whether the solve lowered it; if not, the masked weights of before stay."""
 
@@ -175,7 +177,9 @@ def _fit(
     if accepted and held_out.yy:
         theta = solve_ridge(fitted.plus(held_out), prior, mask, ridge)
     fits: Literal["layer output", "residual stream"] = "residual stream" if target.residual_node else "layer output"
-    return LayerFit(theta if accepted else before, mask, fits, ridge, error_before, error_after, accepted)
+    return LayerFit(
+        theta if accepted else before, mask, fits, ridge, error_before, error_after, bool(held_out.yy), accepted
+    )
 
 
 def _best_ridge(

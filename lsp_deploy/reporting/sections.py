@@ -133,7 +133,7 @@ class LayerSparsity(Section):
 
 
 class LayerRecovery(Section):
-    """What was done to the surviving weights; errors are relative, of samples held out from the fit, measured."""
+    """What was done to the surviving weights; errors are relative, measured on the samples that the reason names."""
 
     method: Literal["none", "reconstruct"] = Field(description="none: the weights are the dense ones under the mask")
     fits: str | None = Field(None, description="what of the dense model the new weights fit; null: nothing was fitted")

@@ -84,6 +84,11 @@ class Network:
             device=self.device,
         )
 
+    @property
+    def reconstruction_samples(self) -> int:
+        """How many of the calibration samples reconstruction works on: as many as memory allows."""
+        return self._samples
+
     def layer(self, name: str) -> LinearLayer:
         """Return a layer by name."""
         return next(layer for layer in self.layers if layer.name == name)

@@ -217,6 +217,9 @@ class NetworkPruner:
             )
             if task.change_bases:
                 self.notes += change_bases(network, self._own_objective, arrangement)
+            used, given = network.reconstruction_samples, len(task.calibration)
+            if task.recover and used < given:
+                self.notes.append(f"weights were reconstructed on {used} of {given} samples: more take too much memory")
             self._networks[arrangement] = network
         return self._networks[arrangement]
 
@@ -343,13 +346,12 @@ class NetworkPruner:
 def _recovery(fit: LayerFit) -> RecoveryDecision:
     before, after = float(f"{fit.error_before:.4g}"), float(f"{fit.error_after:.4g}")
     where = "the dense residual stream" if fit.fits == "residual stream" else "the dense layer's output"
+    judges = "samples held out from the fit" if fit.held_out else "the samples fitted to, too few to hold any out"
     if fit.accepted:
-        reason = (
-            f"refitted to {where}: squared error {before:.3g} → {after:.3g} of it, on samples held out from the fit"
-        )
+        reason = f"refitted to {where}: squared error {before:.3g} → {after:.3g} of it, on {judges}"
     else:
         reason = (
-            f"the weights of before stay: refitting would raise the held-out error from {before:.3g} to {after:.3g}"
+            f"the weights of before stay: refitting would raise the error from {before:.3g} to {after:.3g}, on {judges}"
         )
     return RecoveryDecision(
         method="reconstruct" if fit.accepted else "none",

@@ -242,3 +242,16 @@ def test_a_shared_weight_counts_once_in_a_budget_of_parameters(tmp_path: Path) -
         write_tied(tmp_path / "m.onnx", "batch"), calibration_data="random", samples=20, max_parameters=3152
     )
     assert pruner.asked_keep == pytest.approx(3152 / (2 * 16 * 128 + 128 * 16 + 16 * 10))
+
+
+@pytest.mark.parametrize(("samples", "words"), [(2, "too few to hold any out"), (20, "held out from the fit")])
+def test_a_recovery_says_what_it_was_judged_on(samples: int, words: str) -> None:
+    pruner = pruner_of(calibration_data=str(ASSETS / "calibration.npz"), samples=samples, flops=0.6)
+    recoveries = pruner.blocks(0.6).recoveries
+    assert recoveries and all(words in one.reason for one in recoveries.values())
+
+
+def test_samples_that_memory_does_not_allow_are_not_kept_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsp_deploy.search.network._MOST_BYTES", 1)
+    assert "weights were reconstructed on 8 of 32 samples: more take too much memory" in pruner_of().blocks(0.8).notes
+    assert not any("too much memory" in note for note in pruner_of(recover="none").blocks(0.8).notes)
