@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ class Network:
         self._batches: list[Batch] | None = None
         self.pass_seconds = 0.0
         """Wall-clock seconds of the last pass forward and backward over the samples; 0 before the first."""
-        self._original = {name: weight.detach().clone() for name, weight in self.dense.weights.items()}
+        self._original = {name: _digest(weight) for name, weight in self.dense.weights.items()}
 
     def reconstruction_seconds(self, names: Collection[str], two_four: Collection[str] = ()) -> float:
         """Return how long reconstruction of the named layers is going to take, estimated; see `search.duration`."""
@@ -131,7 +132,7 @@ class Network:
         changed = {
             name: weight.detach().cpu().numpy()
             for name, weight in self.dense.weights.items()
-            if name not in of_layers and not torch.equal(weight, self._original[name])
+            if name not in of_layers and _digest(weight) != self._original[name]
         }
         return {
             f"{use.node.name}:{use.idx}": array
@@ -144,7 +145,7 @@ class Network:
         layer = self.layer(name)
         tensors = [layer.weight_value, *([layer.bias] if layer.bias is not None else [])]
         return any(
-            not torch.equal(self.pruned.weights[str(value.name)], self._original[str(value.name)])
+            _digest(self.pruned.weights[str(value.name)]) != self._original[str(value.name)]
             for value in tensors
             if str(value.name) in self._original
         )
@@ -216,3 +217,8 @@ class Network:
         """Estimate what is alive at a cut of both runs: a few tensors of the widest layer."""
         widest = max(layer.M * max(layer.K, layer.N) for layer in self.layers)
         return 4 * 6 * widest // self._traced_batch
+
+
+def _digest(weight: torch.Tensor) -> bytes:
+    """Return what tells whether a weight has changed, without a copy of it."""
+    return hashlib.blake2b(weight.detach().cpu().numpy().data, digest_size=16).digest()
