@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lsp_deploy.allocation.budget import largest_within_budget
+from lsp_deploy.allocation.budget import best_within_budget
 from lsp_deploy.allocation.pruning import OutOfReachError, Pruner, Pruning, adopt
 from lsp_deploy.allocation.question import Question, renew_grids
 from lsp_deploy.allocation.sparsity import dense, does_not_pay
@@ -40,20 +40,20 @@ def blocks_within_loss(question: Question, plan: Plan, budget: float) -> tuple[P
             "it has no class output to measure a loss on"
         )
 
-    def trial(steps: int) -> tuple[Plan, Pruning]:
-        pruning = _with_words(question, pruner.blocks(1 - steps / _STEPS))
+    def trial(steps: int) -> tuple[Plan, Pruning] | None:
+        try:
+            pruning = _with_words(question, pruner.blocks(1 - steps / _STEPS))
+        except OutOfReachError:
+            return None  # layers that have to stay hold more than that
         return renew_grids(question, adopt(plan, pruning)), pruning
 
-    def loss(steps: int) -> float:
-        try:
-            return question.loss_of(trial(steps)[0])
-        except OutOfReachError:
-            return float("inf")  # layers that have to stay hold more than that
+    def loss(found: tuple[Plan, Pruning] | None) -> float:
+        return float("inf") if found is None else question.loss_of(found[0])
 
-    steps = largest_within_budget(_STEPS - 1, loss, budget)
-    if steps == 0:
+    best = best_within_budget(_STEPS - 1, trial, loss, budget)
+    if best is None:
         return _dense(question, plan, f"left dense: no ratio of zero blocks fits {budget:g} points of loss"), None
-    return trial(steps)
+    return best
 
 
 def _pruner(question: Question) -> Pruner:

@@ -3,8 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
-__all__ = ["largest_within_budget"]
+__all__ = ["best_within_budget", "largest_within_budget"]
+
+_Trial = TypeVar("_Trial")
+
+
+def best_within_budget(
+    count: int, trial: Callable[[int], _Trial], cost: Callable[[_Trial], float], budget: float
+) -> _Trial | None:
+    """Return the trial that was made for `largest_within_budget`: no trial is made twice.
+
+    Args:
+        count: the largest number to try.
+        trial: makes what is tried.
+        cost: measures it.
+        budget: what it may cost.
+
+    Returns:
+        None where nothing above 0 is within the budget.
+    """
+    best: list[_Trial] = []
+
+    def measured(number: int) -> float:
+        made = trial(number)
+        found = cost(made)
+        if found <= budget:
+            best[:] = [made]  # bisection only goes up from what is within the budget
+        return found
+
+    largest_within_budget(count, measured, budget)
+    return best[0] if best else None
 
 
 def largest_within_budget(count: int, cost: Callable[[int], float], budget: float) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lsp_deploy.allocation.budget import largest_within_budget
+from lsp_deploy.allocation.budget import best_within_budget
 from lsp_deploy.allocation.pruning import Pruning, adopt
 from lsp_deploy.allocation.question import Question, renew_grids
 from lsp_deploy.allocation.sparsity import METHOD, cannot_have_two_four, dense, does_not_pay, two_four_layer
@@ -100,13 +100,16 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
                 )
         return renew_grids(question, adopt(plan, pruning)), pruning
 
-    count = largest_within_budget(wanted, lambda n: question.loss_of(trial(n)[0]), budget)
-    if count == 0:
+    def loss(found: tuple[Plan, Pruning]) -> float:
+        return question.loss_of(found[0])
+
+    best = best_within_budget(wanted, trial, loss, budget)
+    if best is None:
         pruning = Pruning("auto")
         too_much = f"left dense: 2:4 in any layer would take the loss on held-out images above {budget:g} points"
         pruning.reasons = dict.fromkeys(order, too_much if wanted else flops_are_met)
         return adopt(plan, pruning), pruning
-    return trial(count)
+    return best
 
 
 def _why_not(question: Question, layer: LinearLayer) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsp_deploy.allocation.budget import largest_within_budget
+from lsp_deploy.allocation.budget import best_within_budget, largest_within_budget
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.floats(0, 12))
@@ -26,3 +26,16 @@ def test_nothing_to_choose_costs_nothing() -> None:
         raise AssertionError(n)
 
     assert largest_within_budget(0, never, 1.0) == 0
+
+
+@given(st.integers(0, 40), st.integers(-1, 45))
+def test_the_best_is_the_trial_of_the_largest_and_none_is_made_twice(count: int, fits: int) -> None:
+    made: list[int] = []
+
+    def trial(number: int) -> str:
+        made.append(number)
+        return str(number)
+
+    best = best_within_budget(count, trial, float, fits)
+    assert best == (str(min(count, fits)) if min(count, fits) > 0 else None)
+    assert len(made) == len(set(made))
