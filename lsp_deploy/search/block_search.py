@@ -77,6 +77,7 @@ class BlockSearch:
         measure: Measure,
         settings: SearchSettings,
         checkpoints: Path,
+        token_weights: Mapping[str, NDArray[np.float64]] | None = None,
     ) -> None:
         """Take what the search depends on.
 
@@ -90,11 +91,13 @@ class BlockSearch:
             measure: what the budget counts.
             settings: how.
             checkpoints: folder where gradual steps are kept until the search has ended.
+            token_weights: of the dense network, where the analysis has gathered them on its way.
         """
         self.network, self.refitted = network, list(refitted)
         self.prunable, self.others = list(prunable), list(others)
         self.sensitivity, self.objective, self.measure, self.settings = sensitivity, objective, measure, settings
         self._checkpoints = Checkpoints(checkpoints)
+        self._known_token_weights = token_weights
 
     @cached_property
     def dense_cost(self) -> float:
@@ -139,22 +142,29 @@ class BlockSearch:
             self._apply_to_dense(state.gone, state.token_weights, f"back at {budgets[done - 1]:.1%}")
         else:
             self.network.reset()
-        for budget in budgets[done:]:
-            gradients = network_gradients(self.network, self.objective, self.settings.block)
-            state.token_weights = dict(gradients.token_weights)
-            state.scores = _averaged(state.scores, gradients.scores)
-            curves = self._curves_of(state)
-            if self.settings.allocator == "lsp":
-                curves = [
-                    _lsp_curve(one, gradients, state.gone[one.name], self.settings.block, self.sensitivity.kappa)
-                    for one in self.prunable
-                ]
+        for step, budget in enumerate(budgets[done:], done):
+            curves = self._renewed_curves(state) if step else self._first_curves(state)
             allocation = self._allocate(curves, budget, gone=state.gone)
             for name, gone in removed_blocks(curves, allocation.removed).items():
                 state.gone[name] |= gone
             fits = self._apply_to_dense(state.gone, state.token_weights, f"step to {budget:.1%}")
             self._checkpoints.save(budget, state)
         return Found(state.gone, allocation, "gradual", fits)
+
+    def _first_curves(self, state: SearchState) -> list[LayerCurve]:
+        """Return the dense network's curves: the analysis has them."""
+        state.token_weights = dict(self._dense_token_weights)
+        return self._dense_curves()
+
+    def _renewed_curves(self, state: SearchState) -> list[LayerCurve]:
+        """Differentiate the network as it stands; its scores and token weights go into `state`."""
+        gradients = network_gradients(self.network, self.objective, self.settings.block)
+        state.token_weights = dict(gradients.token_weights)
+        state.scores = _averaged(state.scores, gradients.scores)
+        if self.settings.allocator == "exact":
+            return self._curves_of(state)
+        block, kappa = self.settings.block, self.sensitivity.kappa
+        return [_lsp_curve(one, gradients, state.gone[one.name], block, kappa) for one in self.prunable]
 
     def forget(self) -> None:
         """Remove the checkpoints: the search has ended."""
@@ -172,6 +182,8 @@ class BlockSearch:
     def _dense_token_weights(self) -> dict[str, NDArray[np.float64]]:
         if not self.settings.recover:
             return {}
+        if self._known_token_weights is not None:
+            return dict(self._known_token_weights)
         self.network.reset()
         return token_weights(self.network, self.objective)
 

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from lsp_deploy.sensitivity.block_gradients import Objective
     from lsp_deploy.sensitivity.results import BlockGradients
 
-__all__ = ["NetworkGradients", "mean_magnitude", "network_gradients", "removal_damages", "token_weights"]
+__all__ = [
+    "NetworkGradients",
+    "TokenEnergies",
+    "mean_magnitude",
+    "network_gradients",
+    "removal_damages",
+    "token_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ def network_gradients(network: Network, objective: Objective, block: tuple[int, 
         objective: what is differentiated.
         block: (block_k, block_n) on W [K, N].
     """
-    energies = _Energies()
+    energies = TokenEnergies()
     layers = network.current_layers()
     with tempfile.TemporaryDirectory() as folder:
         files = collect_block_gradients(
@@ -102,7 +109,7 @@ def removal_damages(network: Network, objective: Objective, masks: Mapping[str, 
 
 def token_weights(network: Network, objective: Objective) -> dict[str, NDArray[np.float64]]:
     """Return the token weights alone, [tokens] by layer name: a pass without any weight's gradient."""
-    energies = _Energies()
+    energies = TokenEnergies()
     module, dataset, batch = network.pruned, network.dataset, network.batch_size
 
     def watch(layer: LinearLayer, size: int, count: int) -> LayerHook:
@@ -146,7 +153,7 @@ def mean_magnitude(contributions: NDArray[np.float32]) -> NDArray[np.float64]:
     return total / len(contributions)
 
 
-class _Energies:
+class TokenEnergies:
     """Sums each layer's squared output gradients by token, every sample counting alike."""
 
     def __init__(self) -> None:
@@ -160,6 +167,10 @@ class _Energies:
         self._sums[layer.name] = self._sums[layer.name] + relative if layer.name in self._sums else relative
         self._samples[layer.name] = self._samples.get(layer.name, 0) + len(gradients)
 
+    def are_of_all(self, samples: int) -> bool:
+        """Whether every layer was shown the gradients of that many samples."""
+        return bool(self._samples) and all(count == samples for count in self._samples.values())
+
     def weights(self) -> dict[str, NDArray[np.float64]]:
-        """Return the means, [tokens]."""
+        """Return the means, [tokens] by layer name."""
         return {name: (total / self._samples[name]).numpy() for name, total in self._sums.items()}

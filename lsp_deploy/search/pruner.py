@@ -21,7 +21,7 @@ from lsp_deploy.graph.structure import structure_groups
 from lsp_deploy.plan import RecoveryDecision
 from lsp_deploy.search.block_search import BlockSearch, Found, SearchSettings
 from lsp_deploy.search.duration import in_words
-from lsp_deploy.search.gradients import removal_damages, token_weights
+from lsp_deploy.search.gradients import TokenEnergies, removal_damages, token_weights
 from lsp_deploy.search.measure import Measure
 from lsp_deploy.search.network import Network
 from lsp_deploy.sensitivity.analysis import analyse
@@ -81,6 +81,7 @@ class NetworkPruner:
         self.task = task
         self.notes: list[str] = []
         self._networks: dict[str, Network] = {}
+        self._energies = TokenEnergies()
 
     def two_four(self, names: Collection[str], asked: str) -> Pruning:
         """Prune the named layers to 2:4: SparseGPT's masks, chosen layer by layer with the reconstruction."""
@@ -191,6 +192,7 @@ class NetworkPruner:
                 groups=self._groups(network, prunable) if recipe.prefer_structure else (),
             ),
             cache_folder() / "search" / self._search_key(),
+            self._energies.weights() if self._energies.are_of_all(len(task.calibration)) else None,
         )
 
     def why_dense(self, layer: LinearLayer) -> str | None:
@@ -265,6 +267,7 @@ class NetworkPruner:
             seed=task.recipe.seed,
             batch_size=None if task.fixed_batch else network.batch_size,
             device=task.device,
+            observe=self._energies.add if task.recover else None,
         )
 
     @cached_property

@@ -15,7 +15,13 @@ from lsp_deploy.autodiff.module import OnnxModule
 from lsp_deploy.cache import content_key
 from lsp_deploy.errors import UserError
 from lsp_deploy.model import input_shapes
-from lsp_deploy.sensitivity.block_gradients import block_count, block_gradients, collect_block_gradients, weight_groups
+from lsp_deploy.sensitivity.block_gradients import (
+    Observer,
+    block_count,
+    block_gradients,
+    collect_block_gradients,
+    weight_groups,
+)
 from lsp_deploy.sensitivity.feeds import tensor_feeds
 from lsp_deploy.sensitivity.gradient_files import GradientFiles
 from lsp_deploy.sensitivity.layer_rows import Layout, find_layouts, samples_are_separate
@@ -52,6 +58,7 @@ def analyse(
     batch_size: int | None = None,
     device: str = "cpu",
     team: Team | None = None,
+    observe: Observer | None = None,
 ) -> Sensitivity:
     """Analyse all layers in one pass over the data, forward and backward once a sample.
 
@@ -72,6 +79,7 @@ def analyse(
         device: torch device.
         team: the processes among which the samples are shared. The first one gets the result; in the others `layers`
             is empty.
+        observe: also shown the gradients at every layer's output, of the samples that are not in the cache.
 
     Raises:
         UserError: an operator that cannot be differentiated, an objective that the model or the data do not allow, a
@@ -104,6 +112,7 @@ def analyse(
             layouts=layouts,
             device=device,
             show_progress=team.leads,
+            observe=observe,
         )
         whole = _gather(team, files, folder, len(dataset), size, blocks)
     elif whole is not None:
