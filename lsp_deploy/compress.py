@@ -76,6 +76,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
     from lsp_deploy.steps.measuring import measure
     from lsp_deploy.steps.output_folder import OutputFolder
     from lsp_deploy.steps.preparation import prepare
+    from lsp_deploy.steps.pruning import missed_budget
 
     stages = _Stages()
     target = load_target(recipe.target)
@@ -118,7 +119,10 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         attention=attention,
     )
     output.write_report(report, plan)
-    return Outcome(report, plan, output.path, failures=[*built.failures, *_missed_budgets(report, recipe)])
+    failures = [*built.failures, *_missed_budgets(report, recipe)]
+    if (missed := missed_budget(plan, recipe, target, prepared.attention_flops)) is not None:
+        failures.append(missed)
+    return Outcome(report, plan, output.path, failures)
 
 
 def dry_run(model: Path, recipe: Recipe, options: RunOptions) -> tuple[Plan, Pruning | None]:

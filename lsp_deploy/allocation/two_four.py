@@ -84,13 +84,14 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
         words = pruning.reasons
         pruning.reasons = {}
         for position, name in enumerate(order):
-            estimate = (
-                f"estimated to save {savings[name]:.3g} µs on {plan.target}, predicted damage {damages[name]:.3g}"
-            )
+            saved = f"estimated to save {savings[name]:.3g} µs" if savings[name] > 0 else "no saving by the cost model"
+            estimate = f"{saved} on {plan.target}, predicted damage {damages[name]:.3g}"
             if position < count and name not in pruning.masks:
                 pruning.reasons[name] = words[name]
             elif position < count:
-                pruning.reasons[name] = f"2:4 pays here ({estimate}) and fits the loss budget{words.get(name, '')}"
+                pruning.reasons[name] = (
+                    f"2:4 pays by the target's table ({estimate}) and fits the loss budget{words.get(name, '')}"
+                )
             elif count == wanted:
                 pruning.reasons[name] = flops_are_met
             else:

@@ -12,11 +12,12 @@ from lsp_deploy.allocation.problem import LayerCurve
 
 if TYPE_CHECKING:
     from lsp_deploy.linear_layers import LinearLayer
+    from lsp_deploy.plan import LayerPlan
 
 __all__ = ["additive_curve", "block_mask_of", "block_sizes", "layer_curve"]
 
 
-def block_sizes(layer: LinearLayer, block: tuple[int, int]) -> NDArray[np.int64]:
+def block_sizes(layer: LinearLayer | LayerPlan, block: tuple[int, int]) -> NDArray[np.int64]:
     """Return the entries of each block of a layer's W [K, N], row-major, [blocks]; edges make some smaller."""
     rows = np.diff(np.append(np.arange(0, layer.K, block[0]), layer.K))
     columns = np.diff(np.append(np.arange(0, layer.N, block[1]), layer.N))

@@ -158,7 +158,9 @@ class BlockSearch:
 
     def _renewed_curves(self, state: SearchState) -> list[LayerCurve]:
         """Differentiate the network as it stands; its scores and token weights go into `state`."""
-        gradients = network_gradients(self.network, self.objective, self.settings.block)
+        gradients = network_gradients(
+            self.network, self.objective, self.settings.block, contributions=self.settings.allocator == "lsp"
+        )
         state.token_weights = dict(gradients.token_weights)
         state.scores = _averaged(state.scores, gradients.scores)
         if self.settings.allocator == "exact":

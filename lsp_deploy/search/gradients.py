@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lsp_deploy import console
+from lsp_deploy.cache import cache_folder
 from lsp_deploy.sensitivity.block_gradients import block_gradients, collect_block_gradients
 from lsp_deploy.sensitivity.feeds import real_samples, tensor_feeds
 from lsp_deploy.sensitivity.layer_rows import sample_rows
@@ -40,24 +41,27 @@ class NetworkGradients:
     """What one pass gathered, by layer name."""
 
     blocks: Mapping[str, BlockGradients]
-    """Contributions of all blocks."""
+    """Contributions of all blocks; empty where they were not asked for."""
     scores: Mapping[str, NDArray[np.float64]]
     """[blocks]: `mean_magnitude` of the contributions."""
     token_weights: Mapping[str, NDArray[np.float64]]
     """[tokens]: mean over samples of the squared gradient at the layer's output, relative to the sample's mean."""
 
 
-def network_gradients(network: Network, objective: Objective, block: tuple[int, int]) -> NetworkGradients:
+def network_gradients(
+    network: Network, objective: Objective, block: tuple[int, int], *, contributions: bool = False
+) -> NetworkGradients:
     """Differentiate the pruned network with its present weights, on all samples.
 
     Args:
         network: whose weights and samples.
         objective: what is differentiated.
         block: (block_k, block_n) on W [K, N].
+        contributions: whether A itself is wanted too, which takes samples × blocks of memory.
     """
     energies = TokenEnergies()
     layers = network.current_layers()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:  # not /tmp, which may be memory
         files = collect_block_gradients(
             network.pruned,
             layers,
@@ -71,12 +75,14 @@ def network_gradients(network: Network, objective: Objective, block: tuple[int, 
             device=network.device,
             observe=energies.add,
         )
-        blocks = {
+        blocks = block_gradients(files, layers, block)
+        scores = {name: mean_magnitude(one.contributions) for name, one in blocks.items()}
+        kept = {
             name: replace(one, contributions=np.array(one.contributions))  # the files go
-            for name, one in block_gradients(files, layers, block).items()
+            for name, one in blocks.items()
+            if contributions
         }
-    scores = {name: mean_magnitude(one.contributions) for name, one in blocks.items()}
-    return NetworkGradients(blocks, scores, energies.weights())
+    return NetworkGradients(kept, scores, energies.weights())
 
 
 def removal_damages(network: Network, objective: Objective, masks: Mapping[str, NDArray[np.bool_]]) -> dict[str, float]:
@@ -89,7 +95,7 @@ def removal_damages(network: Network, objective: Objective, masks: Mapping[str, 
     """
     layers = [layer for layer in network.current_layers() if layer.name in masks]
     whole = (max(layer.K for layer in layers), max(layer.N for layer in layers))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:  # not /tmp, which may be memory
         files = collect_block_gradients(
             network.pruned,
             layers,

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lsp_deploy.allocation.masks import block_sums
 from lsp_deploy.hardware.cost_model import CostKind, block_costs, layer_cost
+from lsp_deploy.search.block_curves import block_sizes
 
 if TYPE_CHECKING:
     from lsp_deploy.hardware.target import ElementType, Target
     from lsp_deploy.linear_layers import LinearLayer
+    from lsp_deploy.plan import LayerPlan, Plan
     from lsp_deploy.recipe import Recipe
 
-__all__ = ["Measure", "measure_of"]
+__all__ = ["Measure", "measure_of", "planned_cost"]
 
 # Recipe field: kind of cost, its unit in the recipe as a multiple of the cost model's.
 _KINDS: dict[str, tuple[CostKind, float]] = {
@@ -46,7 +49,7 @@ class Measure:
         """For messages."""
         return UNITS[self.kind]
 
-    def of_blocks(self, layer: LinearLayer, sizes: NDArray[np.integer]) -> NDArray[np.float64]:
+    def of_blocks(self, layer: LinearLayer | LayerPlan, sizes: NDArray[np.integer]) -> NDArray[np.float64]:
         """Return the cost after the first j blocks are removed, [blocks + 1].
 
         Args:
@@ -93,3 +96,22 @@ def measure_of(
     always = float(attention_flops) if kind == "flops" and recipe.flops_of == "model" else 0.0
     value = getattr(recipe, field)
     return Measure(kind, target, dtypes, recipe.block_shape, always), None if value is None else value * factor
+
+
+def planned_cost(measure: Measure, plan: Plan) -> float:
+    """Return the measure of a plan as it was decided in the end: its blocks, and its element types.
+
+    A search prices layers with the types that they are expected to have; the loss budget may take int8 back.
+    """
+    total = measure.always
+    for layer in plan.layers:
+        mask = plan.masks.get(layer.name)
+        sizes = block_sizes(layer, measure.block)
+        gone = (
+            np.zeros(len(sizes), bool)
+            if mask is None
+            else block_sums(mask.astype(np.float32), measure.block).reshape(-1) == 0
+        )
+        order = np.argsort(~gone, kind="stable")
+        total += float(measure.of_blocks(layer, sizes[order])[int(gone.sum())])
+    return total

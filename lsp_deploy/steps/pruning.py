@@ -14,11 +14,12 @@ from lsp_deploy.errors import UserError
 if TYPE_CHECKING:
     from lsp_deploy.allocation.pruning import Pruner
     from lsp_deploy.hardware.target import ElementType, Target
+    from lsp_deploy.plan import Plan
     from lsp_deploy.recipe import Recipe
     from lsp_deploy.steps.calibration import CalibrationData
     from lsp_deploy.steps.preparation import PreparedModel
 
-__all__ = ["PrunerChoice", "choose_pruner"]
+__all__ = ["PrunerChoice", "choose_pruner", "missed_budget"]
 
 _INSTALL = "PyTorch is not installed; pip install 'lsp-deploy[torch]'"
 
@@ -93,3 +94,23 @@ def choose_pruner(
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     return PrunerChoice(NetworkPruner(task), recover, "", notes)
+
+
+def missed_budget(plan: Plan, recipe: Recipe, target: Target, attention_flops: int) -> str | None:
+    """Return in words that a latency, energy or size budget does not hold for what was decided in the end, or None."""
+    from lsp_deploy.search.measure import measure_of, planned_cost
+
+    fields = ("max_latency_ms", "max_energy_mj", "max_size_mb")
+    field = next((name for name in fields if getattr(recipe, name) is not None), None)
+    if field is None:
+        return None
+    dtypes: dict[str, ElementType] = {layer.name: layer.precision.dtype for layer in plan.layers}
+    measure, budget = measure_of(recipe, target, dtypes, attention_flops)
+    assert budget is not None  # the field says so
+    cost = planned_cost(measure, plan)
+    if cost <= budget * 1.005:
+        return None
+    flag = f"--{field.replace('_', '-')}"
+    asked = getattr(recipe, field)
+    found = f"{asked * cost / budget:.4g} by the cost model (estimated), with the element types as decided"
+    return f"{flag} {asked:g} was not met: {found}"

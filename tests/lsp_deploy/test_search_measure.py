@@ -8,13 +8,17 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from networks import digits_network  # noqa: E402
+from pass_models import layer as planned  # noqa: E402
+from pass_models import plan  # noqa: E402
 
 from lsp_deploy.errors import UserError  # noqa: E402
 from lsp_deploy.hardware.cost_model import layer_cost  # noqa: E402
 from lsp_deploy.hardware.target import load_target  # noqa: E402
+from lsp_deploy.plan import Plan  # noqa: E402
 from lsp_deploy.recipe import Recipe  # noqa: E402
-from lsp_deploy.search.block_curves import block_sizes  # noqa: E402
-from lsp_deploy.search.measure import Measure, measure_of  # noqa: E402
+from lsp_deploy.search.block_curves import block_mask_of, block_sizes  # noqa: E402
+from lsp_deploy.search.measure import Measure, measure_of, planned_cost  # noqa: E402
+from lsp_deploy.steps.pruning import missed_budget  # noqa: E402
 
 LAYERS = digits_network(samples=2).layers
 
@@ -93,3 +97,24 @@ def test_a_target_without_figures_can_count(field: str, value: float) -> None:
     measure, _ = measured(target="cpu", dtype="fp32", **{field: value})
     assert isinstance(measure, Measure)
     assert measure.of_dense(LAYERS[1]) > 0
+
+
+@pytest.mark.parametrize("field", ["max_latency_ms", "max_energy_mj", "max_size_mb"])
+def test_a_plan_is_held_to_its_budget_with_the_element_types_as_decided(field: str) -> None:
+    def plan_of(dtype: str, kept_blocks: int) -> Plan:
+        decided = plan(
+            *(planned(one.name, one.K, one.N, dtype, role=one.role).model_copy(update={"M": one.M}) for one in LAYERS)
+        )
+        wide = next(one for one in LAYERS if one.role == "fc1")
+        gone = np.arange(len(block_sizes(wide, (16, 16)))) >= kept_blocks
+        decided.masks[wide.name] = block_mask_of(wide, (16, 16), gone)
+        return decided
+
+    measure, _ = measured(dtype="int8", **{field: 1.0})
+    cost = planned_cost(measure, plan_of("int8", 8))
+    assert cost < planned_cost(measure, plan_of("int8", 64))
+    budget = cost / (1e6 if field == "max_size_mb" else 1e3)
+    recipe = Recipe.model_validate({"target": "a100", "sparsity": "block", "block": "16x16", field: budget})
+    assert missed_budget(plan_of("int8", 8), recipe, load_target("a100"), 0) is None
+    missed = missed_budget(plan_of("fp32", 64), recipe, load_target("a100"), 0)
+    assert missed is not None and f"--{field.replace('_', '-')}" in missed and "estimated" in missed
