@@ -198,11 +198,11 @@ def interrupt_fourth_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real, calls = block_search.network_gradients, []
 
-    def network_gradients(*arguments: Any) -> Any:
+    def network_gradients(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(block_search, "network_gradients", network_gradients)
 

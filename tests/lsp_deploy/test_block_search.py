@@ -200,11 +200,11 @@ def test_a_search_that_goes_on_ends_where_one_without_interruption_does(
     search = make_search(tmp_path / "cut", samples=24)
     real, calls = block_search.network_gradients, []
 
-    def third_time_interrupted(*arguments: object) -> object:
+    def third_time_interrupted(*arguments: object, **named: object) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(block_search, "network_gradients", third_time_interrupted)
     with pytest.raises(KeyboardInterrupt):
