@@ -44,6 +44,7 @@ from lsp_deploy.data import Dataset
 from lsp_deploy.engines.host import available_cpus, cpu_model
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import sha256_of
+from lsp_deploy.graph.class_scores import class_output
 from lsp_deploy.hardware.target import load_target
 from lsp_deploy.linear_layers import LinearLayer
 from lsp_deploy.recipe import Recipe
@@ -51,7 +52,6 @@ from lsp_deploy.search.block_search import BlockSearch
 from lsp_deploy.search.pruner import NetworkPruner
 from lsp_deploy.sensitivity.feeds import tensor_feeds
 from lsp_deploy.steps.calibration import CalibrationData, open_named, warn_assumed_preprocess
-from lsp_deploy.steps.evaluation import class_output
 from lsp_deploy.steps.preparation import prepare
 from lsp_deploy.steps.pruning import choose_pruner
 

@@ -155,7 +155,7 @@ def _with_precision_of(plan: Plan | None, recipe: Recipe) -> Recipe:
 
 
 def _check_measurable(prepared: PreparedModel, recipe: Recipe) -> None:
-    from lsp_deploy.steps.evaluation import class_output
+    from lsp_deploy.graph.class_scores import class_output
 
     if recipe.max_drop is not None and class_output(prepared.canonical) is None:
         raise UserError("--max-drop is in points of top-1, and the model has no class output; leave it out")

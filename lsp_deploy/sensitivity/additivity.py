@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from lsp_deploy import console
 from lsp_deploy.autodiff.module import OnnxModule
 from lsp_deploy.errors import UserError
+from lsp_deploy.graph.class_scores import class_output
 from lsp_deploy.sensitivity.block_gradients import weight_groups
 from lsp_deploy.sensitivity.feeds import tensor_feeds
 from lsp_deploy.sensitivity.objectives import make_objective
-from lsp_deploy.steps.evaluation import class_output
 
 if TYPE_CHECKING:
     import onnx_ir as ir

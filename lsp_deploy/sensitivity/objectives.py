@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lsp_deploy.errors import UserError
+from lsp_deploy.graph.class_scores import class_output
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -180,8 +181,6 @@ def _projection(model: ir.Model, seed: int) -> Objective:
 
 def _class_scores(model: ir.Model) -> _ClassScores | None:
     """Return the output that `top1` and the like look at: class scores [batch, classes], else the first dense one."""
-    from lsp_deploy.steps.evaluation import class_output
-
     name = class_output(model)
     for output in model.graph.outputs:
         rank = 0 if output.shape is None else len(output.shape)

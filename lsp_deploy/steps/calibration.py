@@ -118,7 +118,7 @@ def _with_fitting_labels(dataset: Dataset, model: ir.Model, source: str) -> Data
     Raises:
         UserError: a label that was given is not a class of the model.
     """
-    from lsp_deploy.steps.evaluation import class_count
+    from lsp_deploy.graph.class_scores import class_count
 
     classes = class_count(model)
     if dataset.labels is None or classes is None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from numpy.typing import NDArray
 
+from lsp_deploy.graph.class_scores import class_output
 from lsp_deploy.plan import Plan
 from lsp_deploy.steps.apply import apply_decisions
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from lsp_deploy.data import Dataset
     from lsp_deploy.engines.fidelity import Fidelity
 
-__all__ = ["MEASURED_FROM", "Drop", "Evaluator", "class_count", "class_output", "decisive_drop"]
+__all__ = ["MEASURED_FROM", "Drop", "Evaluator", "decisive_drop"]
 
 # With fewer labelled images one answer more or less moves top-1 by more than 0.2 points.
 MEASURED_FROM = 500
@@ -28,29 +29,6 @@ class Drop(NamedTuple):
     measure: Literal["expected", "measured"]
     low: float
     high: float
-
-
-def class_output(model: ir.Model) -> str | None:
-    """Return the name of the output that holds class scores [batch, classes], or None.
-
-    A second dimension that is not fixed is no number of classes: CLIP's similarities are [images, texts].
-    """
-    for output in model.graph.outputs:
-        is_score = output.dtype is not None and output.dtype.is_floating_point()
-        if is_score and output.shape is not None and len(output.shape) == 2 and _size(output, 1) not in (None, 1):
-            return str(output.name)
-    return None
-
-
-def class_count(model: ir.Model) -> int | None:
-    """Return how many classes the model scores, or None where it scores none."""
-    name = class_output(model)
-    return next((_size(output, 1) for output in model.graph.outputs if output.name == name), None)
-
-
-def _size(value: ir.Value, axis: int) -> int | None:
-    size = None if value.shape is None else value.shape[axis]
-    return size if isinstance(size, int) else None
 
 
 def _is_fixed_beyond_the_batch(value: ir.Value) -> bool:
