@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lsp_deploy.errors import UserError
 
-__all__ = ["GRADIENTS", "cache_folder", "content_key"]
+__all__ = ["GRADIENTS", "cache_folder", "content_key", "drop_old_entries"]
 
 GRADIENTS = "gradients"
 """The part of the cache that `sensitivity` and `compress` share."""
@@ -38,6 +41,28 @@ def cache_folder() -> Path:
 def content_key(**parts: Any) -> str:
     """Return the hash, in hex, of everything that a result depends on; values are plain JSON."""
     return hashlib.sha256(json.dumps(_sorted(parts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def drop_old_entries(folder: Path, used: Path, days: int = 30) -> None:
+    """Mark an entry of a cache folder as used now, and remove those that were not used for so many days.
+
+    Args:
+        folder: of the entries, each a folder; it may not exist yet.
+        used: the entry that is about to be used; it is made if it is not there.
+        days: entries are kept that long. Other people's files in the folder are left alone.
+
+    Raises:
+        UserError: the entry cannot be made.
+    """
+    try:
+        used.mkdir(parents=True, exist_ok=True)
+        os.utime(used)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {used}: {error.strerror or error}") from error
+    oldest = time.time() - days * 86400
+    for entry in folder.iterdir():
+        if entry.is_dir() and re.fullmatch(r"[0-9a-f]{32}", entry.name) and entry.stat().st_mtime < oldest:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _sorted(value: Any) -> Any:

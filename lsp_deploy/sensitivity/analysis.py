@@ -12,7 +12,7 @@ import torch
 
 from lsp_deploy import console
 from lsp_deploy.autodiff.module import OnnxModule
-from lsp_deploy.cache import content_key
+from lsp_deploy.cache import content_key, drop_old_entries
 from lsp_deploy.errors import UserError
 from lsp_deploy.model import input_shapes
 from lsp_deploy.sensitivity.block_gradients import (
@@ -92,6 +92,8 @@ def analyse(
     differentiated = make_objective(name, model, dataset.labels, seed=seed)
     drawn = seed if name in ("pseudo", "output") else None
     folder = cache / _key(model_sha256, dataset.identity, block, name, drawn, layers)
+    if team.leads:
+        drop_old_entries(cache, folder)
     blocks = [block_count(group[0], block) for group in weight_groups(layers)]
     whole = GradientFiles(folder / f"0-{len(dataset)}", len(dataset), blocks) if team.leads else None
     if not team.agree(whole is not None and whole.complete):

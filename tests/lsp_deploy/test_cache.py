@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsp_deploy.cache import cache_folder, content_key
+from lsp_deploy.cache import cache_folder, content_key, drop_old_entries
 from lsp_deploy.errors import UserError
 
 
@@ -47,3 +48,16 @@ def test_a_key_depends_on_the_content_alone(parts: dict[str, object]) -> None:
 
 def test_tuples_are_lists() -> None:
     assert content_key(block=(16, 16)) == content_key(block=[16, 16]) != content_key(block=(16, 32))
+
+
+def test_entries_that_were_not_used_for_long_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    old, used, mine = tmp_path / ("a" * 32), tmp_path / ("b" * 32), tmp_path / "notes"
+    for folder in (old, used, mine):
+        folder.mkdir()
+        (folder / "content").write_text("x")
+        os.utime(folder, (0, 0))
+    drop_old_entries(tmp_path, used)
+    assert not old.exists()
+    assert (used / "content").exists() and (mine / "content").exists()
+    drop_old_entries(tmp_path, tmp_path / ("c" * 32))
+    assert used.exists(), "it was used a moment ago"
