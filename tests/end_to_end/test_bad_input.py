@@ -102,7 +102,7 @@ def test_unknown_target_names_the_nearest(run, bare: Path) -> None:
         ("--sparsity", "3:5"),
         ("--precision", "fp8"),
         ("--precision", "int4"),
-        ("--recover", "reconstruct"),
+        ("--recover", "finetune"),
         ("--max-drop", "-1"),
         ("--samples", "0"),
         ("--opt-shapes", "pixel_values:8x1x9x9"),

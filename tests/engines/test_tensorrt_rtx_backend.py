@@ -141,7 +141,7 @@ def test_ctrl_c_ends_the_child(make_model, tmp_path: Path, fake_child):
     fake_child(f"trap '' INT; echo $$ > {tmp_path}/pid.part; mv {tmp_path}/pid.part {tmp_path}/pid; exec sleep 600")
     program = (
         "import signal, sys; from pathlib import Path\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background inherit that it is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits that it is ignored
         "from lsp_deploy.engines.protocol import BuildOptions\n"
         "from lsp_deploy.engines.tensorrt_rtx.backend import TensorRtRtxBackend\n"
         "from lsp_deploy.hardware.target import load_target\n"

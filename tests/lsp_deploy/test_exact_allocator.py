@@ -129,7 +129,7 @@ def test_costs_damages_and_fixed_costs_of_the_caller() -> None:
     allocation = allocator.allocate(116)
     assert allocation.removed == {"a": 2, "b": 0}
     assert allocation.cost == 116
-    assert "of δ per µs" in allocation.reasons["a"]
+    assert "of damage per µs" in allocation.reasons["a"]
     assert allocation.reasons["b"].startswith("left dense")
     assert allocator.allocate_damage(3.0).removed == {"a": 3, "b": 0}
 

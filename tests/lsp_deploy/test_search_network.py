@@ -174,10 +174,10 @@ def test_a_fixed_batch_is_filled_up_and_the_filling_counts_for_nothing() -> None
 def test_gradients_are_those_of_the_network_as_it_stands() -> None:
     network = digits_network(samples=12)
     objective = make_objective("top1", network.model, None, seed=0)
-    dense = network_gradients(network, objective, (16, 16))
+    dense = network_gradients(network, objective, (16, 16), contributions=True)
     masks = half_masks(network)
     network.mask(masks)
-    pruned = network_gradients(network, objective, (16, 16))
+    pruned = network_gradients(network, objective, (16, 16), contributions=True)
     for layer in network.layers:
         assert dense.blocks[layer.name].contributions.shape == (12, len(dense.scores[layer.name]))
         np.testing.assert_allclose(
@@ -188,7 +188,7 @@ def test_gradients_are_those_of_the_network_as_it_stands() -> None:
         assert (pruned.scores[name][~grid] == 0).all()
         assert pruned.scores[name][grid].sum() > 0  # but what only dead neurons read
         assert (dense.scores[name] > 0).all()
-    again = network_gradients(network, objective, (16, 16))
+    again = network_gradients(network, objective, (16, 16), contributions=True)
     for name in pruned.scores:
         np.testing.assert_array_equal(again.scores[name], pruned.scores[name])
 
@@ -210,7 +210,7 @@ def test_the_damage_of_a_removal_is_the_first_order_change_of_it_alone() -> None
     objective = make_objective("top1", network.model, None, seed=0)
     masks = half_masks(network)
     damages = removal_damages(network, objective, masks)
-    blocks = network_gradients(network, objective, (16, 16)).blocks
+    blocks = network_gradients(network, objective, (16, 16), contributions=True).blocks
     assert damages.keys() == masks.keys()
     for name, mask in masks.items():
         gone = ~mask[::16, ::16].reshape(-1)
