@@ -47,7 +47,7 @@ REFITTED_ROLES = frozenset({"qkv", "proj", "fc1", "fc2"})
 GRADUAL_FROM = 2.0
 """Predicted damage, in units of the objective, above which `auto` searches gradually.
 
-On DeiT-Tiny steps gained nothing below it and up to twelve points above: docs/benchmarks/2026-11-28-pruning.md.
+On DeiT-Tiny, 32×32, steps gained nothing below it and up to 7 points above: docs/benchmarks/2026-11-28-pruning.md.
 """
 _CACHE_FORMAT = 1  # of the steps of a search
 
