@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lsp_deploy.autodiff.module import LayerHook
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.search.network import Network
-    from lsp_deploy.sensitivity.block_gradients import Objective
+    from lsp_deploy.sensitivity.block_gradients import Objective, Observer
     from lsp_deploy.sensitivity.results import BlockGradients
 
 __all__ = [
@@ -62,20 +62,7 @@ def network_gradients(
     energies = TokenEnergies()
     layers = network.current_layers()
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:  # not /tmp, which may be memory
-        files = collect_block_gradients(
-            network.pruned,
-            layers,
-            network.dataset,
-            objective,
-            block=block,
-            batch_size=network.batch_size,
-            folder=Path(folder),
-            fixed_batch=network.fixed_batch,
-            layouts=network.layouts,
-            device=network.device,
-            observe=energies.add,
-        )
-        blocks = block_gradients(files, layers, block)
+        blocks = _gathered(network, layers, objective, block, Path(folder), observe=energies.add)
         scores = {name: mean_magnitude(one.contributions) for name, one in blocks.items()}
         kept = {
             name: replace(one, contributions=np.array(one.contributions))  # the files go
@@ -96,20 +83,8 @@ def removal_damages(network: Network, objective: Objective, masks: Mapping[str, 
     layers = [layer for layer in network.current_layers() if layer.name in masks]
     whole = (max(layer.K for layer in layers), max(layer.N for layer in layers))
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:  # not /tmp, which may be memory
-        files = collect_block_gradients(
-            network.pruned,
-            layers,
-            network.dataset,
-            objective,
-            block=whole,
-            batch_size=network.batch_size,
-            folder=Path(folder),
-            fixed_batch=network.fixed_batch,
-            layouts=network.layouts,
-            device=network.device,
-            weights={layer.name: layer.weight() * ~masks[layer.name] for layer in layers},
-        )
-        blocks = block_gradients(files, layers, whole)
+        removed = {layer.name: layer.weight() * ~masks[layer.name] for layer in layers}
+        blocks = _gathered(network, layers, objective, whole, Path(folder), weights=removed)
         return {name: float(mean_magnitude(one.contributions).sum()) for name, one in blocks.items()}
 
 
@@ -157,6 +132,34 @@ def mean_magnitude(contributions: NDArray[np.float32]) -> NDArray[np.float64]:
     for start in range(0, len(contributions), 64):
         total += np.abs(contributions[start : start + 64]).sum(axis=0, dtype=np.float64)
     return total / len(contributions)
+
+
+def _gathered(
+    network: Network,
+    layers: Sequence[LinearLayer],
+    objective: Objective,
+    block: tuple[int, int],
+    folder: Path,
+    *,
+    observe: Observer | None = None,
+    weights: Mapping[str, NDArray[np.float32]] | None = None,
+) -> dict[str, BlockGradients]:
+    """Run all samples through the pruned network; what was gathered is read from `folder`, while that is there."""
+    files = collect_block_gradients(
+        network.pruned,
+        layers,
+        network.dataset,
+        objective,
+        block=block,
+        batch_size=network.batch_size,
+        folder=folder,
+        fixed_batch=network.fixed_batch,
+        layouts=network.layouts,
+        device=network.device,
+        observe=observe,
+        weights=weights,
+    )
+    return block_gradients(files, layers, block)
 
 
 class TokenEnergies:
