@@ -18,6 +18,8 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.files import atomic_path, sha256_of, write_text
 
 __all__ = [
+    "AttentionDecision",
+    "ExecutionDecision",
     "LayerPlan",
     "Pattern",
     "Plan",
@@ -74,6 +76,35 @@ class PrecisionDecision(_Strict):
     reason: str
 
 
+class ExecutionDecision(_Strict):
+    """What multiplies a layer's matrices."""
+
+    kernel: Literal["engine", "block_sparse", "qgemm"] = Field(
+        "engine",
+        description="engine: its own MatMul; block_sparse: lsp::BlockSparseLinear, which skips zero blocks and takes in "
+        "what follows the layer; qgemm: int8 in the form that ONNX Runtime runs in int8 on CPUs",
+    )
+    times_us: dict[str, float] = Field(
+        default_factory=dict, description="what each candidate took for the layer's shape, measured on this machine, µs"
+    )
+    threads: int | None = Field(None, description="that the candidates were timed with")
+    reason: str = Field("left to the engine", description="why this, in words for the report")
+
+
+class AttentionDecision(_Strict):
+    """What computes softmax(scale · q kᵀ) v, in all layers of the network."""
+
+    kernel: Literal["engine", "lsp"] = Field(
+        "engine", description="engine: the operators as exported; lsp: lsp::Attention, one operator for them all"
+    )
+    compute: Literal["fp32", "bf16"] = Field("fp32", description="lsp: what its products are computed in")
+    times_us: dict[str, float] = Field(
+        default_factory=dict, description="what each candidate took, measured on this machine, µs"
+    )
+    threads: int | None = Field(None, description="that the candidates were timed with")
+    reason: str = Field("left to the engine", description="why this, in words for the report")
+
+
 class LayerPlan(_Strict):
     """The decisions for one linear layer; `name` is its node's name in the canonical graph."""
 
@@ -86,6 +117,7 @@ class LayerPlan(_Strict):
     sparsity: SparsityDecision
     precision: PrecisionDecision
     recovery: RecoveryDecision = Field(default_factory=RecoveryDecision)
+    execution: ExecutionDecision = Field(default_factory=ExecutionDecision)
 
     @property
     def flops(self) -> int:
@@ -106,6 +138,7 @@ class Plan(_Strict):
     block_shape: tuple[int, int] | None = Field(None, description="block_k × block_n, where pattern is block")
     recipe: dict[str, Any] = Field(default_factory=dict, description="the recipe as replayed by --recipe")
     layers: list[LayerPlan]
+    attention: AttentionDecision = Field(default_factory=AttentionDecision)
     tensors_sha256: str | None = Field(None, description="of plan.safetensors")
 
     _masks: dict[str, NDArray[np.bool_]] = PrivateAttr(default_factory=dict)
