@@ -81,8 +81,8 @@ class ExecutionDecision(_Strict):
 
     kernel: Literal["engine", "block_sparse", "qgemm"] = Field(
         "engine",
-        description="engine: its own MatMul; block_sparse: lsp::BlockSparseLinear, which skips zero blocks and takes in "
-        "what follows the layer; qgemm: int8 in the form that ONNX Runtime runs in int8 on CPUs",
+        description="engine: its own MatMul; block_sparse: lsp::BlockSparseLinear, which skips zero blocks and takes "
+        "in what follows the layer; qgemm: int8 in the form that ONNX Runtime runs in int8 on CPUs",
     )
     times_us: dict[str, float] = Field(
         default_factory=dict, description="what each candidate took for the layer's shape, measured on this machine, µs"
