@@ -17,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state  # type: ignor
 
 from lsp_deploy.engines.feeds import check_feeds
 from lsp_deploy.engines.host import available_cpus, cpu_model
+from lsp_deploy.engines.int8_saturation import int8_saturates
 from lsp_deploy.engines.onnxruntime_layers import optimized_layers
 from lsp_deploy.engines.protocol import (
     BackendStatus,
@@ -268,7 +269,8 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
     sessions run call by call on two cores then take twice their time (40 instead of 19 ms).
 
     Without `x64quantprecision`, a CPU that has no VNNI adds pairs of int8 products in 16 bits, which saturate: answers
-    of a Q/DQ model would then depend on the CPU (an 8 % error was seen where int8 rounding explains 0.3 %).
+    of a Q/DQ model would then depend on the CPU (an 8 % error was seen where int8 rounding explains 0.3 %). On other
+    CPUs it would only make int8 slow.
 
     `MatMulAddFusion` reshapes the input of a MatMul of fixed shape to make it a Gemm. Behind a DequantizeLinear that
     keeps it from running in int8, and from opset 21 on it ends in a graph that ONNX Runtime itself refuses
@@ -279,7 +281,8 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what goes wrong is raised; it need not be logged to stderr as well
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if int8_saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("optimization.disable_specified_optimizers", "MatMulAddFusion")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
