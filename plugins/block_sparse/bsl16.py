@@ -63,8 +63,7 @@ def sub_blocks(operator: BlockSparseLinear, itemsize: int) -> NDArray[np.bool_]:
     # A slice of int8 is two tiles of 16 rows, of which one may have survived alone.
     per_slice = _SLICE_BYTES // itemsize // 16
     tiles = np.pad(tiles, ((0, -tiles.shape[0] % per_slice), (0, 0)))
-    exists: NDArray[np.bool_] = tiles.reshape(-1, per_slice, tiles.shape[1]).any(axis=1).T
-    return exists
+    return np.asarray(tiles.reshape(-1, per_slice, tiles.shape[1]).any(axis=1)).T
 
 
 def bsl16_shape(operator: BlockSparseLinear, itemsize: int) -> tuple[int, int]:

@@ -291,7 +291,7 @@ def _values_shape(operator: BlockSparseLinear, dtype: ir.DataType) -> tuple[int,
         return max(operator.blocks, 1), operator.block_k, operator.block_n
     from lsp_deploy.plugins.block_sparse.bsl16 import bsl16_shape
 
-    return bsl16_shape(operator, dtype.itemsize)
+    return bsl16_shape(operator, dtype.numpy().itemsize)
 
 
 def _constant(node: ir.Node, index: int) -> ir.TensorProtocol:

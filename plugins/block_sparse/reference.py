@@ -39,10 +39,11 @@ def block_sparse_linear(
     weight = dense_weight(operator, values)
     if weight.dtype == np.int8:
         q = x if x.dtype == np.int8 else quantize(x, operator.x_scale, operator.x_offset)
-        y = (q.astype(np.int64) @ weight.astype(np.int64)) * scale.astype(np.float64)
+        exact = q.astype(np.int64) @ weight.astype(np.int64)
+        product = exact.astype(np.float64) * scale.astype(np.float64)
     else:
-        y = x.astype(weight.dtype).astype(np.float64) @ weight.astype(np.float64)
-    y = activate(y + bias.astype(np.float64), operator.activation)
+        product = x.astype(weight.dtype).astype(np.float64) @ weight.astype(np.float64)
+    y = activate(product + bias.astype(np.float64), operator.activation)
     if residual is not None:
         y = y + residual.astype(np.float64)
     if operator.out_type == ir.DataType.INT8:
@@ -54,15 +55,16 @@ def quantize(x: NDArray[Any], scale: float, offset: float) -> NDArray[np.int8]:
     """Return clip(rint((x - offset) · (1 / scale)), -128, 127), computed in float32 as the operator defines it."""
     inverse = np.float32(1) / np.float32(scale)
     steps = np.rint((x.astype(np.float32) - np.float32(offset)) * inverse)
-    return np.clip(steps, -128, 127).astype(np.int8)
+    return np.asarray(np.clip(steps, -128, 127), np.int8)
 
 
 def activate(y: NDArray[np.float64], activation: Activation) -> NDArray[np.float64]:
     """Apply an activation in float64."""
     if activation == "relu":
-        return np.maximum(y, 0)
+        return np.asarray(np.maximum(y, 0))
     if activation == "gelu":
-        return 0.5 * y * (1 + np.vectorize(math.erf, otypes=[np.float64])(y / math.sqrt(2)))
+        erf = np.vectorize(math.erf, otypes=[np.float64])
+        return np.asarray(0.5 * y * (1 + erf(y / math.sqrt(2))))
     if activation == "gelu_tanh":
-        return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        return np.asarray(0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))))
     return y
