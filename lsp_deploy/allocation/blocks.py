@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import math
+
 from lsp_deploy.allocation.budget import best_within_budget
+from lsp_deploy.allocation.execution import least_time_us
 from lsp_deploy.allocation.pruning import OutOfReachError, Pruner, Pruning, adopt
 from lsp_deploy.allocation.question import Question, renew_grids
 from lsp_deploy.allocation.sparsity import dense, does_not_pay
 from lsp_deploy.errors import UserError
 from lsp_deploy.plan import Plan
 
-__all__ = ["blocks_within_loss", "typed_blocks"]
+__all__ = ["add_blocks", "blocks_within_loss", "typed_blocks"]
 
 _STEPS = 20  # without a budget, what remains is searched in steps of 5 %
+_WORTH = 0.03  # of the linear layers' time: below that, `auto` leaves them dense
+
+
+def add_blocks(question: Question, plan: Plan, budget: float) -> tuple[Plan, Pruning | None]:
+    """Return the plan with blocks removed where the measured times say that it pays, within `budget` points of loss.
+
+    Nobody asked for zeros: where they cannot be had, or would save little, layers stay dense and say why.
+
+    Raises:
+        ValueError: the question has no timings.
+    """
+    if (reason := _why_none(question)) is not None:
+        return _dense(question, plan, reason, "auto"), None
+    trial = plan.branch()
+    trial.block_shape = question.recipe.block_shape
+    try:
+        found, pruning = blocks_within_loss(question, trial, budget, "auto")
+    except UserError as error:
+        reason = f"left dense: what zero blocks would lose cannot be measured: {error}"
+        return _dense(question, plan, reason, "auto"), None
+    if pruning is None:
+        found.block_shape = None
+        return found, None
+    saved = 1 - least_time_us(question, found) / least_time_us(question, plan)
+    if saved >= _WORTH:
+        return found, pruning
+    little = (
+        f"left dense: zero blocks within {budget:g} points of loss would save {max(saved, 0):.1%} of the linear "
+        f"layers' time (measured), less than {_WORTH:.0%}"
+    )
+    return _dense(question, plan, little, "auto"), None
 
 
 def typed_blocks(question: Question, plan: Plan, keep: float) -> tuple[Plan, Pruning | None]:
@@ -22,13 +56,17 @@ def typed_blocks(question: Question, plan: Plan, keep: float) -> tuple[Plan, Pru
     """
     pruner = _pruner(question)
     if keep >= 1:
-        return _dense(question, plan, "left dense: the budget is met without pruning"), None
+        return _dense(question, plan, "left dense: the budget is met without pruning", "block"), None
     pruning = _with_words(question, pruner.blocks(keep))
     return adopt(plan, pruning), pruning
 
 
-def blocks_within_loss(question: Question, plan: Plan, budget: float) -> tuple[Plan, Pruning | None]:
+def blocks_within_loss(
+    question: Question, plan: Plan, budget: float, asked: str = "block"
+) -> tuple[Plan, Pruning | None]:
     """Return the plan with as many blocks removed as lose no more than `budget` points on the held-out images.
+
+    No more than --flops needs, where that is given.
 
     Raises:
         UserError: the model has no class output to measure a loss on, or there is nothing to differentiate with.
@@ -40,20 +78,40 @@ def blocks_within_loss(question: Question, plan: Plan, budget: float) -> tuple[P
             "it has no class output to measure a loss on"
         )
 
+    least = question.recipe.flops or 0.0
+
     def trial(steps: int) -> tuple[Plan, Pruning] | None:
         try:
-            pruning = _with_words(question, pruner.blocks(1 - steps / _STEPS))
+            pruning = _with_words(question, pruner.blocks(max(1 - steps / _STEPS, least)))
         except OutOfReachError:
             return None  # layers that have to stay hold more than that
+        pruning.asked = asked
         return renew_grids(question, adopt(plan, pruning)), pruning
 
     def loss(found: tuple[Plan, Pruning] | None) -> float:
         return float("inf") if found is None else question.loss_of(found[0])
 
-    best = best_within_budget(_STEPS - 1, trial, loss, budget)
+    most = min(_STEPS - 1, math.ceil((1 - least) * _STEPS - 1e-9))
+    best = best_within_budget(most, trial, loss, budget)
     if best is None:
-        return _dense(question, plan, f"left dense: no ratio of zero blocks fits {budget:g} points of loss"), None
+        reason = f"left dense: no ratio of zero blocks fits {budget:g} points of loss"
+        return _dense(question, plan, reason, asked), None
     return best
+
+
+def _why_none(question: Question) -> str | None:
+    if question.timings is None:
+        raise ValueError("whether zero blocks pay is not known: nothing was timed")
+    times = question.timings.layers
+    if all(does_not_pay(layer, question.target, "block", times[layer.name]) for layer in question.layers):
+        return "left dense: zero blocks make no layer faster (measured)"
+    if not question.real_images:
+        return "left dense: auto prunes nothing without real images; name some with --calibration-data"
+    if question.loss is None:
+        return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
+    if question.pruner is None:
+        return f"left dense: {question.why_no_pruner}"
+    return None
 
 
 def _pruner(question: Question) -> Pruner:
@@ -65,13 +123,15 @@ def _pruner(question: Question) -> Pruner:
 def _with_words(question: Question, pruning: Pruning) -> Pruning:
     for layer in question.layers:
         reason = pruning.reasons.get(layer.name)
-        if reason is not None and layer.name in pruning.masks:
-            pruning.reasons[layer.name] = f"{reason}; {does_not_pay(layer, question.target, 'block')}"
+        times = None if question.timings is None else question.timings.layers[layer.name]
+        no_gain = does_not_pay(layer, question.target, "block", times)
+        if reason is not None and layer.name in pruning.masks and no_gain is not None:
+            pruning.reasons[layer.name] = f"{reason}; {no_gain}"
     return pruning
 
 
-def _dense(question: Question, plan: Plan, reason: str) -> Plan:
+def _dense(question: Question, plan: Plan, reason: str, asked: str) -> Plan:
     result = plan.branch()
     for layer in question.layers:
-        result.layer(layer.name).sparsity = dense("block", reason)
+        result.layer(layer.name).sparsity = dense(asked, reason)
     return result

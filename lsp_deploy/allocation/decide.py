@@ -1,6 +1,7 @@
 """From what was asked and what was measured to a plan: every layer's decision with its reason.
 
-Zeros that were typed come first; element types are decided on what they leave; what `auto` adds comes last.
+Zeros that were typed come first; element types are decided on what they leave; then what `auto` adds, and last, on a
+CPU, what runs each layer.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lsp_deploy import __version__
-from lsp_deploy.allocation.blocks import blocks_within_loss, typed_blocks
+from lsp_deploy.allocation.blocks import add_blocks, blocks_within_loss, typed_blocks
 from lsp_deploy.allocation.budget import largest_within_budget
+from lsp_deploy.allocation.execution import decide_execution
 from lsp_deploy.allocation.precision import decide_precision, without_int8
 from lsp_deploy.allocation.pruning import Pruning
 from lsp_deploy.allocation.question import Question, planned_weight, set_weight_scales
@@ -48,7 +50,9 @@ def decide(question: Question) -> tuple[Plan, Pruning | None]:
     if recipe.sparsity == "block" and keep is None:
         plan, added = blocks_within_loss(question, plan, budget)
     elif recipe.sparsity == "auto":
-        plan, added = add_two_four(question, plan, budget)
+        add = add_two_four if question.timings is None else add_blocks
+        plan, added = add(question, plan, budget)
+    plan = decide_execution(question, plan, budget)
     set_weight_scales(plan, question.weights)
     return plan, added or pruning
 
@@ -96,7 +100,7 @@ def _decide_precisions(question: Question, plan: Plan, statistics: Mapping[str, 
 def _typed_loss(question: Question, plan: Plan) -> float:
     """Measure what the typed choices lose by themselves, where `auto` may add to them."""
     recipe = question.recipe
-    adds = recipe.precision == "auto" or recipe.sparsity == "auto"
+    adds = recipe.precision == "auto" or recipe.sparsity == "auto" or question.timings is not None
     typed = recipe.precision == "int8" or bool(plan.masks)
     if question.loss is None or not (adds and typed) or recipe.max_drop is not None:
         return 0.0

@@ -14,6 +14,7 @@ from lsp_deploy.plan import Plan
 from lsp_deploy.sensitivity.quantization import ComputeType, activation_grid, weight_scale
 
 if TYPE_CHECKING:
+    from lsp_deploy.hardware.cpu_timings import CpuTimings
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.recipe import Recipe
@@ -48,6 +49,8 @@ class Question:
     """In that case: what to do about it."""
     loss: Callable[[Plan], float] | None
     """Points of top-1 that a plan loses on the held-out images; None for a model without a class output."""
+    timings: CpuTimings | None = None
+    """What layers take on this machine, measured; None where the target is another."""
 
     @property
     def max_drop(self) -> float:

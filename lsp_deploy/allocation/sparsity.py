@@ -15,6 +15,7 @@ from lsp_deploy.plan import SparsityDecision
 from lsp_deploy.sensitivity.quantization import output_sqnr_db
 
 if TYPE_CHECKING:
+    from lsp_deploy.hardware.cpu_timings import LayerTimes
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.sensitivity.activations import ActivationStatistics
@@ -62,9 +63,18 @@ def cannot_have_two_four(layer: LinearLayer, exclude: str | None = None) -> str 
     return None
 
 
-def does_not_pay(layer: LinearLayer, target: Target, pattern: str) -> str | None:
-    """Return why zeros of this pattern gain nothing for this layer on this target, or None where they pay."""
+def does_not_pay(layer: LinearLayer, target: Target, pattern: str, times: LayerTimes | None = None) -> str | None:
+    """Return why zeros of this pattern gain nothing for this layer on this target, or None where they pay.
+
+    Args:
+        layer: the layer.
+        target: what it runs on.
+        pattern: 2:4 or block.
+        times: what the layer takes on this machine, where that is the target; block zeros pay by these alone.
+    """
     pays = target.pays
+    if pattern == "block" and times is not None:
+        return None if times.gain_from_zeros() > 0 else "zero blocks make this layer no faster (measured)"
     if pattern == "block":
         return "no engine gains from block zeros yet: they stay in an ordinary MatMul"
     min_k, min_n = pays.sparse24_min_k, pays.sparse24_min_n

@@ -1,19 +1,26 @@
-"""What a budget counts: FLOPs, parameters, bytes, or what the target's cost model says a layer takes."""
+"""What a budget counts: FLOPs, parameters, bytes, or what a layer takes.
+
+What it takes is estimated by the target's cost model; the latency on a CPU, which has none, is that of the timings that
+were made on this machine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lsp_deploy.allocation.execution import linear_time_us
 from lsp_deploy.allocation.masks import block_sums
+from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.cost_model import CostKind, block_costs, layer_cost
 from lsp_deploy.search.block_curves import block_sizes
 
 if TYPE_CHECKING:
+    from lsp_deploy.hardware.cpu_timings import CpuTimings, LayerTimes
     from lsp_deploy.hardware.target import ElementType, Target
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.plan import LayerPlan, Plan
@@ -43,11 +50,28 @@ class Measure:
     block: tuple[int, int]
     always: float = 0.0
     """Cost outside the linear layers."""
+    times: Mapping[str, LayerTimes] = field(default_factory=dict)
+    """What layers take on this machine, by layer name: the latency of a target that has no cost model."""
 
     @property
     def unit(self) -> str:
         """For messages."""
         return UNITS[self.kind]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it is a latency by measured times."""
+        return self.kind == "latency_us" and bool(self.times)
+
+    @property
+    def times_key(self) -> dict[str, Any]:
+        """What of the times a search depends on, as plain JSON: nothing where they do not count."""
+        if not self.is_measured:
+            return {}
+        return {
+            name: {candidate: sorted(curve.items()) for candidate, curve in times.curves.items()}
+            for name, times in self.times.items()
+        }
 
     def of_blocks(self, layer: LinearLayer | LayerPlan, sizes: NDArray[np.integer]) -> NDArray[np.float64]:
         """Return the cost after the first j blocks are removed, [blocks + 1].
@@ -56,6 +80,8 @@ class Measure:
             layer: the layer.
             sizes: entries of each block, in the order of removal.
         """
+        if self.is_measured:
+            return self._measured(layer, np.arange(len(sizes), -1, -1) / len(sizes))
         return block_costs(
             self.kind,
             self.target,
@@ -69,6 +95,8 @@ class Measure:
 
     def of_dense(self, layer: LinearLayer) -> float:
         """Return the cost of a layer that loses nothing."""
+        if self.is_measured:
+            return float(self._measured(layer, np.ones(1))[0])
         return layer_cost(
             self.kind,
             self.target,
@@ -80,29 +108,48 @@ class Measure:
             block=self.block,
         )
 
+    def _measured(self, layer: LinearLayer | LayerPlan, density: NDArray[np.float64]) -> NDArray[np.float64]:
+        times = self.times[layer.name]
+        # A weight that several layers share counts with the rows of all of them.
+        return times.least_us(self.dtypes[layer.name], density) * (layer.M / times.shape.M)
+
 
 def measure_of(
-    recipe: Recipe, target: Target, dtypes: Mapping[str, ElementType], attention_flops: int
+    recipe: Recipe,
+    target: Target,
+    dtypes: Mapping[str, ElementType],
+    attention_flops: int,
+    timings: CpuTimings | None = None,
 ) -> tuple[Measure, float | None]:
     """Return the measure that the recipe's budget is in, and the budget in its unit.
 
-    FLOPs are given as a fraction of the dense ones and come back as they are; without a budget the measure is FLOPs.
+    FLOPs are given as a fraction of the dense ones and come back as they are. Without a budget the measure is FLOPs,
+    but for the zeros that `auto` adds where layers were timed: those are to save time.
 
     Raises:
         UserError: the target has no figures to estimate from.
     """
-    field = next((name for name in _KINDS if getattr(recipe, name) is not None), "flops")
-    kind, factor = _KINDS[field]
+    typed = next((name for name in _KINDS if getattr(recipe, name) is not None), None)
+    saves_time = timings is not None and recipe.sparsity == "auto" and recipe.allocator == "exact"
+    kind, factor = _KINDS[typed or ("max_latency_ms" if saves_time else "flops")]
     always = float(attention_flops) if kind == "flops" and recipe.flops_of == "model" else 0.0
-    value = getattr(recipe, field)
-    return Measure(kind, target, dtypes, recipe.block_shape, always), None if value is None else value * factor
+    value = None if typed is None else getattr(recipe, typed)
+    times = {} if timings is None else timings.layers
+    measure = Measure(kind, target, dtypes, recipe.block_shape, always, times)
+    return measure, None if value is None else value * factor
 
 
 def planned_cost(measure: Measure, plan: Plan) -> float:
     """Return the measure of a plan as it was decided in the end: its blocks, and its element types.
 
-    A search prices layers with the types that they are expected to have; the loss budget may take int8 back.
+    A search prices layers with the types that they are expected to have; the loss budget may take int8 back. Latency on
+    a CPU is what the plan says of its layers: that is what was measured, also where a plan is carried out again.
+
+    Raises:
+        UserError: the plan does not say what a layer takes.
     """
+    if measure.kind == "latency_us" and measure.target.kind == "cpu":
+        return measure.always + sum(_time_in_plan(layer) for layer in plan.layers)
     total = measure.always
     for layer in plan.layers:
         mask = plan.masks.get(layer.name)
@@ -115,3 +162,10 @@ def planned_cost(measure: Measure, plan: Plan) -> float:
         order = np.argsort(~gone, kind="stable")
         total += float(measure.of_blocks(layer, sizes[order])[int(gone.sum())])
     return total
+
+
+def _time_in_plan(layer: LayerPlan) -> float:
+    time = linear_time_us(layer)
+    if time is None:
+        raise UserError(f"the plan does not say what {layer.name} takes the way it is run; decide again without --plan")
+    return time

@@ -8,12 +8,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from lsp_deploy import console
+from lsp_deploy.allocation.execution import expected_type
 from lsp_deploy.allocation.precision import COMPRESSIBLE_ROLES
 from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from lsp_deploy.allocation.pruning import Pruner
+    from lsp_deploy.hardware.cpu_timings import CpuTimings
     from lsp_deploy.hardware.target import ElementType, Target
+    from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.plan import Plan
     from lsp_deploy.recipe import Recipe
     from lsp_deploy.steps.calibration import CalibrationData
@@ -38,12 +41,18 @@ class PrunerChoice:
 
 
 def choose_pruner(
-    prepared: PreparedModel, data: CalibrationData, recipe: Recipe, target: Target, threads: int
+    prepared: PreparedModel,
+    data: CalibrationData,
+    recipe: Recipe,
+    target: Target,
+    threads: int,
+    timings: CpuTimings | None = None,
 ) -> PrunerChoice:
     """Return what the recipe's zeros are found with; nothing is analysed yet.
 
     Weights are reconstructed by default where the calibration data is real. Without PyTorch nothing can be
-    differentiated: 2:4 then falls back to masks by |W|·‖x‖, and the user is told.
+    differentiated: 2:4 then falls back to masks by |W|·‖x‖, and the user is told. `timings` are what a latency budget on
+    a CPU counts.
 
     Raises:
         UserError: reconstruction was typed, and PyTorch is not installed.
@@ -74,12 +83,8 @@ def choose_pruner(
     from lsp_deploy.search.pruner import NetworkPruner, PruningTask
 
     torch.set_num_threads(threads)
-    int8 = "int8" in target.types and recipe.precision in ("auto", "int8")
-    dtypes: dict[str, ElementType] = {
-        layer.name: "int8" if int8 and layer.role in COMPRESSIBLE_ROLES else prepared.compute_type
-        for layer in prepared.layers
-    }
-    measure, budget = measure_of(recipe, target, dtypes, prepared.attention_flops)
+    dtypes = {layer.name: _expected_type(layer, prepared, recipe, target, timings) for layer in prepared.layers}
+    measure, budget = measure_of(recipe, target, dtypes, prepared.attention_flops, timings)
     task = PruningTask(
         model=prepared.canonical,
         model_sha256=prepared.sha256,
@@ -96,8 +101,30 @@ def choose_pruner(
     return PrunerChoice(NetworkPruner(task), recover, "", notes)
 
 
+def _expected_type(
+    layer: LinearLayer, prepared: PreparedModel, recipe: Recipe, target: Target, timings: CpuTimings | None
+) -> ElementType:
+    """Return the type that a layer's weights are going to have unless the loss forbids it."""
+    int8 = "int8" in target.types and recipe.precision in ("auto", "int8") and layer.role in COMPRESSIBLE_ROLES
+    if timings is None:
+        return "int8" if int8 else prepared.compute_type
+    times = timings.layers[layer.name]
+    allowed: list[ElementType] = ["fp32"]
+    if recipe.precision == "auto":
+        allowed += ["bf16", *(["int8"] if int8 else [])]
+    elif int8:
+        allowed = ["int8"]
+    elif recipe.precision == "bf16" and times.usable("bf16"):
+        allowed = ["bf16"]
+    return expected_type(times, allowed)
+
+
 def missed_budget(plan: Plan, recipe: Recipe, target: Target, attention_flops: int) -> str | None:
-    """Return in words that a latency, energy or size budget does not hold for what was decided in the end, or None."""
+    """Return in words that a latency, energy or size budget does not hold for what was decided in the end, or None.
+
+    Raises:
+        UserError: the plan does not say what its layers take on a CPU.
+    """
     from lsp_deploy.search.measure import measure_of, planned_cost
 
     fields = ("max_latency_ms", "max_energy_mj", "max_size_mb")
@@ -112,5 +139,7 @@ def missed_budget(plan: Plan, recipe: Recipe, target: Target, attention_flops: i
         return None
     flag = f"--{field.replace('_', '-')}"
     asked = getattr(recipe, field)
-    found = f"{asked * cost / budget:.4g} by the cost model (estimated), with the element types as decided"
+    is_measured = measure.kind == "latency_us" and target.kind == "cpu"
+    how = "in its linear layers (measured, shape by shape)" if is_measured else "by the cost model (estimated)"
+    found = f"{asked * cost / budget:.4g} {how}, with the element types as decided"
     return f"{flag} {asked:g} was not met: {found}"

@@ -1,0 +1,120 @@
+"""What linear layers and attention take on this machine's CPU: measured times, and what lies between them.
+
+A candidate is a way to run a layer, named by what multiplies and in which element type: "matmul fp32" is the engine's
+own MatMul, "qgemm int8" the form that ONNX Runtime runs in int8, "block_sparse <type>" the operator of this project,
+and "gather fp32" the same in stock operators. The last two skip zero blocks and are timed at several densities;
+between those their time is interpolated, and it never grows where blocks are removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lsp_deploy.hardware.target import ElementType
+
+__all__ = ["CANDIDATES", "DENSITIES", "CpuTimings", "LayerTimes", "LinearShape", "type_of"]
+
+CANDIDATES = (
+    "matmul fp32", "qgemm int8", "block_sparse fp32", "block_sparse bf16", "block_sparse int8", "gather fp32",
+)  # fmt: skip
+DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1)
+"""Fractions of surviving blocks that a candidate which skips zero blocks is timed at."""
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """What the time of a linear layer depends on: act(x [M, K] · W [K, N] + bias) + residual."""
+
+    M: int
+    K: int
+    N: int
+    activation: Literal["none", "gelu", "gelu_tanh", "relu"] = "none"
+    residual: bool = False
+    block: tuple[int, int] = (32, 32)
+    """block_k × block_n of zero blocks."""
+    is_conv: bool = False
+    """A patch embedding: no candidate but the engine's own kernel; it is timed as a MatMul of its shape."""
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Measured microseconds of the candidates for one shape."""
+
+    shape: LinearShape
+    curves: Mapping[str, Mapping[float, float]]
+    """By candidate and density; a candidate that runs all blocks has its time at density 1 alone."""
+
+    def at(self, candidate: str, density: ArrayLike = 1.0) -> NDArray[np.float64]:
+        """Return the microseconds of a candidate at densities from 0 to 1; below the least one timed, those of it.
+
+        Raises:
+            KeyError: the candidate was not timed.
+        """
+        curve = sorted(self.curves[candidate].items())
+        times = np.array([time for _, time in curve])
+        # What has fewer blocks takes no longer: where a time says so, the machine was disturbed.
+        times = np.minimum.accumulate(times[::-1])[::-1]
+        return np.asarray(np.interp(density, [place for place, _ in curve], times), np.float64)
+
+    def usable(self, dtype: ElementType | None = None) -> list[str]:
+        """Return the candidates that a layer of an element type may take; of any type where None is given.
+
+        Stock operators stand in for the operator only where that is missing.
+        """
+        has_operator = any(name.startswith("block_sparse") for name in self.curves)
+        names = [name for name in self.curves if not (has_operator and name.startswith("gather"))]
+        return names if dtype is None else [name for name in names if type_of(name) == dtype]
+
+    def fastest(self, dtype: ElementType | None = None, density: float = 1.0) -> str:
+        """Return the fastest candidate of an element type, or of any; the first of equals.
+
+        Raises:
+            ValueError: none of that type was timed.
+        """
+        return min(self.usable(dtype), key=lambda name: float(self.at(name, density)))
+
+    def least_us(self, dtype: ElementType, density: ArrayLike = 1.0) -> NDArray[np.float64]:
+        """Return the microseconds of the fastest candidate of an element type, at each density.
+
+        Raises:
+            ValueError: none of that type was timed.
+        """
+        return np.min([self.at(name, density) for name in self.usable(dtype)], axis=0)
+
+    def gain_from_zeros(self) -> float:
+        """Return the microseconds that zero blocks save at best: the fastest dense time less the fastest of all."""
+        dense, sparse = (float(self.at(self.fastest(None, density), density)) for density in (1.0, min(DENSITIES)))
+        return dense - sparse
+
+
+@dataclass(frozen=True)
+class CpuTimings:
+    """All that was timed for a network."""
+
+    threads: int
+    layers: Mapping[str, LayerTimes]
+    """By layer name."""
+    attention: Mapping[str, float] = field(default_factory=dict)
+    """All attention of the network, µs: "exported fp32", "lsp fp32", "lsp bf16"; empty where there is none to fuse."""
+
+    @property
+    def conditions(self) -> str:
+        """In words, for reasons: "measured, 2 threads"."""
+        return f"measured, {self.threads} thread{'' if self.threads == 1 else 's'}"
+
+
+def type_of(candidate: str) -> ElementType:
+    """Return the element type that a candidate multiplies in.
+
+    Raises:
+        ValueError: there is no such candidate.
+    """
+    types: dict[str, ElementType] = {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
+    if candidate not in CANDIDATES:
+        raise ValueError(f"{candidate!r} is not one of {', '.join(CANDIDATES)}")
+    return types[candidate.rpartition(" ")[2]]
