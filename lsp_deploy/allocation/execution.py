@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lsp_deploy.allocation.masks import block_sums
 from lsp_deploy.allocation.question import Question
-from lsp_deploy.hardware.cpu_timings import CpuTimings, LayerTimes, type_of
+from lsp_deploy.hardware.cpu_timings import CpuTimings, LayerTimes
 from lsp_deploy.plan import AttentionDecision, ExecutionDecision, LayerPlan, Plan, PrecisionDecision
 
 if TYPE_CHECKING:
@@ -84,10 +84,8 @@ def least_time_us(question: Question, plan: Plan) -> float:
 def linear_time_us(layer: LayerPlan) -> float | None:
     """Return what the layer takes the way it is run, as its plan says, µs; None where that was not timed."""
     times, dtype = layer.execution.times_us, layer.precision.dtype
-    names = {"engine": ["matmul"], "qgemm": ["qgemm"], "block_sparse": ["block_sparse", "gather"]}
-    return next(
-        (times[f"{name} {dtype}"] for name in names[layer.execution.kernel] if f"{name} {dtype}" in times), None
-    )
+    kernels = [kernel for kernel, name in _KERNELS.items() if name == layer.execution.kernel]
+    return next((times[f"{kernel} {dtype}"] for kernel in kernels if f"{kernel} {dtype}" in times), None)
 
 
 def _executed(plan: Plan, timings: CpuTimings, *, bf16_attention: bool) -> Plan:
@@ -122,13 +120,13 @@ def _attention(timings: CpuTimings, *, bf16: bool) -> AttentionDecision:
     if not times:
         return AttentionDecision(reason="left to the engine: no attention of a form that the operator takes was found")
     chosen = min((name for name in times if bf16 or not name.endswith("bf16")), key=times.__getitem__)
-    others = ", ".join(f"{name} {time:.0f} µs" for name, time in times.items() if name != chosen)
+    others = "".join(f"; {name} {time:.0f} µs" for name, time in times.items() if name != chosen)
     return AttentionDecision(
         kernel="lsp" if chosen.startswith("lsp") else "engine",
         compute="bf16" if chosen.endswith("bf16") else "fp32",
         times_us=times,
         threads=timings.threads,
-        reason=f"{chosen}: {times[chosen]:.0f} µs in all layers{f'; {others}' if others else ''} ({timings.conditions})",
+        reason=f"{chosen}: {times[chosen]:.0f} µs in all layers{others} ({timings.conditions})",
     )
 
 

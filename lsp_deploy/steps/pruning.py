@@ -51,8 +51,8 @@ def choose_pruner(
     """Return what the recipe's zeros are found with; nothing is analysed yet.
 
     Weights are reconstructed by default where the calibration data is real. Without PyTorch nothing can be
-    differentiated: 2:4 then falls back to masks by |W|·‖x‖, and the user is told. `timings` are what a latency budget on
-    a CPU counts.
+    differentiated: 2:4 then falls back to masks by |W|·‖x‖, and the user is told. `timings` are what a latency budget
+    on a CPU counts.
 
     Raises:
         UserError: reconstruction was typed, and PyTorch is not installed.
