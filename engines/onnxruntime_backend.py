@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -189,6 +189,23 @@ class OnnxRuntimeEngine:
             given = ", ".join(f"{name} {list(value.shape)}" for name, value in checked.items())
             raise UserError(f"{self._label} fails on {given}: {_one_line(error)}") from None
         return {**dict(zip(names, values, strict=True)), **{name: checked[name] for name in self._echoes}}
+
+    def bound(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
+        """Return a call that runs with these feeds and keeps its outputs in one place: what a layer inside a graph does.
+
+        Raises:
+            UserError: an input is missing, unknown, or of another shape or type.
+        """
+        session, binding = self._session, self._session.io_binding()
+        for name, value in check_feeds(feeds, self.inputs, self._label).items():
+            binding.bind_cpu_input(name, value)
+        for name in self.outputs:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)  # allocates the outputs
+        outputs = binding.get_outputs()
+        for name, value in zip(self.outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        return lambda: session.run_with_iobinding(binding)
 
     def describe(self) -> EngineInfo:
         """Return the backend, its version, the CPU and the threads it runs on; the layers where it was built."""
