@@ -191,7 +191,7 @@ class OnnxRuntimeEngine:
         return {**dict(zip(names, values, strict=True)), **{name: checked[name] for name in self._echoes}}
 
     def bound(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
-        """Return a call that runs with these feeds and keeps its outputs in one place: what a layer inside a graph does.
+        """Return a call that runs with these feeds and keeps its outputs in one place, as a layer in a graph does.
 
         Raises:
             UserError: an input is missing, unknown, or of another shape or type.
