@@ -8,6 +8,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#define LSP_EXPORT __attribute__((visibility("default")))
 typedef enum { LSP_FLOAT32 = 1, LSP_INT8 = 3, LSP_BFLOAT16 = 16 } lsp_type;          /* ONNX's numbers */
 typedef enum { LSP_NONE = 0, LSP_GELU = 1, LSP_GELU_TANH = 2, LSP_RELU = 3 } lsp_activation;
 
@@ -27,22 +28,22 @@ typedef struct {
 } lsp_linear_desc;
 typedef struct lsp_linear lsp_linear;
 /* Each create: NULL and *out set, or the reason (valid until the thread's next call). Everything the description points to is copied or packed. isa NULL: LSP_ISA, else the best. */
-const char* lsp_linear_create(const lsp_linear_desc* desc, const char* isa, lsp_linear** out);
+LSP_EXPORT const char* lsp_linear_create(const lsp_linear_desc* desc, const char* isa, lsp_linear** out);
 /* Returns NULL, or why it did not run (out of memory). pool NULL: on the calling thread. residual: float32 or NULL. */
-const char* lsp_linear_run(const lsp_linear*, int64_t M, const void* x, const float* residual, void* y, const lsp_pool* pool);
-void lsp_linear_destroy(lsp_linear*);
-const char* lsp_linear_kernel(const lsp_linear*);     /* e.g. "avx512_vnni 14x32", for reports and tests */
+LSP_EXPORT const char* lsp_linear_run(const lsp_linear*, int64_t M, const void* x, const float* residual, void* y, const lsp_pool* pool);
+LSP_EXPORT void lsp_linear_destroy(lsp_linear*);
+LSP_EXPORT const char* lsp_linear_kernel(const lsp_linear*);     /* e.g. "avx512_vnni 14x32", for reports and tests */
 
 typedef struct { int64_t heads, head_size; float scale; lsp_type compute; } lsp_attention_desc;
 typedef struct lsp_attention lsp_attention;
 typedef struct { const float* data; int64_t batch_stride, row_stride; } lsp_rows;     /* floats; heads lie side by side in a row */
-const char* lsp_attention_create(const lsp_attention_desc* desc, const char* isa, lsp_attention** out);
+LSP_EXPORT const char* lsp_attention_create(const lsp_attention_desc* desc, const char* isa, lsp_attention** out);
 /* bias [.., .., S, T] or NULL; its strides in floats, 0 where it broadcasts. y is dense [B, S, heads*head_size]. */
-const char* lsp_attention_run(const lsp_attention*, int64_t B, int64_t S, int64_t T, lsp_rows q, lsp_rows k, lsp_rows v,
+LSP_EXPORT const char* lsp_attention_run(const lsp_attention*, int64_t B, int64_t S, int64_t T, lsp_rows q, lsp_rows k, lsp_rows v,
                               const float* bias, int64_t bias_batch_stride, int64_t bias_head_stride, float* y, const lsp_pool* pool);
-void lsp_attention_destroy(lsp_attention*);
-const char* lsp_attention_kernel(const lsp_attention*);
-const char* lsp_isas(void);                           /* space-separated names usable here, best first */
+LSP_EXPORT void lsp_attention_destroy(lsp_attention*);
+LSP_EXPORT const char* lsp_attention_kernel(const lsp_attention*);
+LSP_EXPORT const char* lsp_isas(void);                           /* space-separated names usable here, best first */
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,80 @@
+// The inner loops, written once over a vector type V (src/vector) and an arithmetic, which says how packed words multiply.
+//
+// Everything here is a template over a type that lives in the including file's anonymous namespace: its instances belong
+// to that file alone, and code for one instruction set never stands in for another's. For the same reason nothing here
+// uses the standard library.
+#pragma once
+
+#include "linear/epilogue.h"
+#include "linear/kernel.h"
+#include "unroll.h"
+
+namespace lsp {
+
+// One tile of ROWS rows and VECTORS vectors of columns. Arithmetic has, besides V: the types Sum and Word, `group`,
+// start(const int32_t*), load(const char*), broadcast(const char*), step(Sum, Word, Word) and
+// finish(Sum, scale, bias), which gives a V of float.
+template <class Arithmetic, int ROWS, int VECTORS>
+void multiply_tile(const Tile& tile) {
+  using V = typename Arithmetic::V;
+  constexpr int words = kChunk / Arithmetic::group;
+  constexpr int columns = VECTORS * V::lanes;
+  static_assert(ROWS * columns <= kMaxTileOutputs, "a tile must fit its buffer");
+
+  typename Arithmetic::Sum sum[ROWS][VECTORS];
+  LSP_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    const typename Arithmetic::Sum start = Arithmetic::start(tile.start + v * V::lanes);
+    LSP_UNROLL
+    for (int r = 0; r < ROWS; ++r) sum[r][v] = start;
+  }
+
+  const char* w = static_cast<const char*>(tile.w);
+  for (int32_t c = 0; c < tile.chunk_count; ++c) {
+    const char* x = static_cast<const char*>(tile.x) + static_cast<size_t>(tile.chunks[c]) * (ROWS * words * 4);
+    LSP_UNROLL_4
+    for (int k = 0; k < words; ++k) {
+      typename Arithmetic::Word b[VECTORS];
+      LSP_UNROLL
+      for (int v = 0; v < VECTORS; ++v) b[v] = Arithmetic::load(w + (k * columns + v * V::lanes) * 4);
+      LSP_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const typename Arithmetic::Word a = Arithmetic::broadcast(x + (r * words + k) * 4);
+        LSP_UNROLL
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = Arithmetic::step(sum[r][v], a, b[v]);
+      }
+    }
+    w += words * columns * 4;
+  }
+
+  // The common case goes straight to y. All others take a second pass over a buffer in the first-level cache.
+  const bool direct = tile.epilogue->activation == LSP_NONE && tile.epilogue->out_type == LSP_FLOAT32 &&
+                      tile.columns == columns;
+  alignas(64) float buffer[ROWS * columns];
+  float* out = direct ? static_cast<float*>(tile.y) : buffer;
+  const int64_t stride = direct ? tile.stride : columns;
+  const float* residual = direct ? tile.residual : nullptr;
+  LSP_UNROLL
+  for (int v = 0; v < VECTORS; ++v) {
+    const typename V::Float scale = V::load(tile.scale + v * V::lanes);
+    const typename V::Float bias = V::load(tile.bias + v * V::lanes);
+    LSP_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      typename V::Float value = Arithmetic::finish(sum[r][v], scale, bias);
+      if (residual != nullptr) value = V::add(value, V::load(residual + r * stride + v * V::lanes));
+      V::store(out + r * stride + v * V::lanes, value);
+    }
+  }
+  if (!direct) finish_tile<V>(tile, buffer, columns, ROWS);
+}
+
+// A table of multiply_tile for every height up to ROWS.
+template <class Arithmetic, int ROWS, int VECTORS>
+struct Heights {
+  static void run(const Tile& tile, int rows) {
+    if (rows == ROWS) return multiply_tile<Arithmetic, ROWS, VECTORS>(tile);
+    if constexpr (ROWS > 1) Heights<Arithmetic, ROWS - 1, VECTORS>::run(tile, rows);
+  }
+};
+
+}  // namespace lsp
