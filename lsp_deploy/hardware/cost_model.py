@@ -308,7 +308,7 @@ def _peak(target: Target, unit: MatrixUnit) -> Peak:
     if target.kind == "cpu" or not target.peak:
         raise UserError(
             f"{target.name} has no peak rates to estimate from: what it does is measured, not estimated; "
-            "give the budget in FLOPs, parameters or bytes"
+            "give the budget in FLOPs, parameters or bytes, or in latency for this machine's CPU"
         )
     if unit not in target.peak:
         raise UserError(f"{target.name} has no peak rate for {unit}; it has {', '.join(target.peak)}")

@@ -17,7 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from lsp_deploy.hardware.target import ElementType
 
-__all__ = ["CANDIDATES", "DENSITIES", "CpuTimings", "LayerTimes", "LinearShape", "type_of"]
+__all__ = ["CANDIDATES", "DENSITIES", "Activation", "CpuTimings", "LayerTimes", "LinearShape", "type_of"]
+
+Activation = Literal["none", "gelu", "gelu_tanh", "relu"]
 
 CANDIDATES = (
     "matmul fp32", "qgemm int8", "block_sparse fp32", "block_sparse bf16", "block_sparse int8", "gather fp32",
@@ -33,7 +35,7 @@ class LinearShape:
     M: int
     K: int
     N: int
-    activation: Literal["none", "gelu", "gelu_tanh", "relu"] = "none"
+    activation: Activation = "none"
     residual: bool = False
     block: tuple[int, int] = (32, 32)
     """block_k × block_n of zero blocks."""
@@ -59,7 +61,7 @@ class LayerTimes:
         times = np.array([time for _, time in curve])
         # What has fewer blocks takes no longer: where a time says so, the machine was disturbed.
         times = np.minimum.accumulate(times[::-1])[::-1]
-        return np.asarray(np.interp(density, [place for place, _ in curve], times), np.float64)
+        return np.asarray(np.interp(np.asarray(density, np.float64), [place for place, _ in curve], times), np.float64)
 
     def usable(self, dtype: ElementType | None = None) -> list[str]:
         """Return the candidates that a layer of an element type may take; of any type where None is given.
@@ -84,7 +86,7 @@ class LayerTimes:
         Raises:
             ValueError: none of that type was timed.
         """
-        return np.min([self.at(name, density) for name in self.usable(dtype)], axis=0)
+        return np.asarray(np.min([self.at(name, density) for name in self.usable(dtype)], axis=0), np.float64)
 
     def gain_from_zeros(self) -> float:
         """Return the microseconds that zero blocks save at best: the fastest dense time less the fastest of all."""

@@ -112,7 +112,8 @@ def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
         return target.compute_type
     if asked not in target.types:
         raise UserError(f"--precision {asked}: {target.name} has no {asked}; it has {', '.join(target.types)}")
-    return _COMPUTE_TYPES[asked]
+    # On a CPU the operator alone multiplies in bf16; what is between its nodes stays in float32.
+    return target.compute_type if target.kind == "cpu" else _COMPUTE_TYPES[asked]
 
 
 def _shapes(model: ir.Model, recipe: Recipe) -> Shapes:

@@ -111,7 +111,7 @@ def _expected_type(
     times = timings.layers[layer.name]
     allowed: list[ElementType] = ["fp32"]
     if recipe.precision == "auto":
-        allowed += ["bf16", *(["int8"] if int8 else [])]
+        allowed += ["bf16", "int8"] if int8 else ["bf16"]
     elif int8:
         allowed = ["int8"]
     elif recipe.precision == "bf16" and times.usable("bf16"):

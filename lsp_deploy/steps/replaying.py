@@ -16,6 +16,7 @@ from lsp_deploy.plan import LayerPlan, Plan, RecoveryDecision
 
 if TYPE_CHECKING:
     from lsp_deploy.hardware.target import Target
+    from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.steps.preparation import PreparedModel
 
 __all__ = ["replay_plan"]
@@ -79,6 +80,24 @@ def _check(plan: Plan, prepared: PreparedModel, target: Target, path: Path) -> N
             raise UserError(f"{path}: layer {decided.name} ({decided.K} × {decided.N}) is not in {prepared.path}")
         if decided.precision.dtype == "int8" and decided.precision.activation_scale is None:
             raise UserError(f"{path}: layer {decided.name} is int8 but has no activation_scale")
+        if (wrong := _cannot_run(decided, found, target)) is not None:
+            raise UserError(f"{path}: layer {decided.name} {wrong}")
+
+
+def _cannot_run(decided: LayerPlan, layer: LinearLayer, target: Target) -> str | None:
+    """Return why a layer cannot be run the way its decision says, or None."""
+    kernel, dtype = decided.execution.kernel, decided.precision.dtype
+    if kernel != "engine" and target.kind != "cpu":
+        return f"has execution.kernel {kernel}, which engines for {target.name} do not have: write engine"
+    if kernel == "qgemm" and dtype != "int8":
+        return f"is {dtype}, and execution.kernel qgemm is for int8: write engine or block_sparse"
+    if kernel == "block_sparse" and layer.node.op_type == "Conv":
+        return "is a convolution, which execution.kernel block_sparse does not do: write engine"
+    if target.kind == "cpu" and dtype == "bf16" and kernel != "block_sparse":
+        return (
+            f"is bf16, which on a CPU the operator alone computes in: write execution.kernel block_sparse, not {kernel}"
+        )
+    return None
 
 
 def _has_its_mask(layer: LayerPlan, plan: Plan) -> bool:
