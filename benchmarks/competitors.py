@@ -6,12 +6,15 @@ threads. Quantized models are kept in the folder that is given, since making one
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -107,11 +110,10 @@ class Quantizers:
                 str(path),
                 _calibration_reader(self.file, self.calibration),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["MatMul", "Gemm"],
+                nodes_to_quantize=_linear_nodes(prepared),
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                extra_options={"MatMulConstBOnly": True},
             )
             prepared.unlink()
         return path
@@ -124,12 +126,13 @@ class Quantizers:
             import nncf
             import openvino as ov
 
-            model = nncf.quantize(
-                ov.Core().read_model(self.file),
-                nncf.Dataset(_one_by_one(self.calibration)),
-                model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(self.calibration),
-            )
+            with redirect_stdout(sys.stderr):  # its progress
+                model = nncf.quantize(
+                    ov.Core().read_model(self.file),
+                    nncf.Dataset(_one_by_one(self.calibration)),
+                    model_type=nncf.ModelType.TRANSFORMER,
+                    subset_size=len(self.calibration),
+                )
             ov.save_model(model, path, compress_to_fp16=False)
         return path
 
@@ -147,6 +150,13 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         raise NotMeasured(f"{package} is not installed") from None
+
+
+def _linear_nodes(path: Path) -> list[str]:
+    """Return the names of the nodes that multiply by a constant matrix; attention's products stay as they are."""
+    graph = onnx.load(path).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants]
 
 
 def _calibration_reader(file: Path, images: Images) -> Any:
