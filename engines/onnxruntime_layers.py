@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +77,24 @@ def _record(node: ir.Node, types: dict[str, str], sources: set[str | None]) -> L
     input_types = [types[str(value.name)] for value in inputs if not value.is_initializer()]
     constant_types = [types[str(value.name)] for value in constants]
     output_types = [types[value.name] for value in node.outputs if value.name]
-    is_int8 = node.op_type in _INT8_KERNELS or node.op_type.startswith("QLinear")
     return LayerRecord(
         name=node.name or node.op_type,
         kind=node.op_type,
-        precision="int8" if is_int8 else compute_type([*input_types, *constant_types, *output_types]),
+        precision=_own_type(node, constant_types) or compute_type([*input_types, *constant_types, *output_types]),
         input_types=input_types,
         constant_types=constant_types,
         output_types=output_types,
         onnx_nodes=[str(node.name)] if node.name in sources else [],
     )
+
+
+def _own_type(node: ir.Node, constant_types: Sequence[str]) -> str | None:
+    """Return what a node computes in whose operands do not tell: kernels of int8, and this project's operators."""
+    if node.domain == "lsp" and node.op_type == "BlockSparseLinear":
+        return constant_types[0]  # of its values
+    if node.domain == "lsp" and node.op_type == "Attention":
+        return {"bfloat16": "bf16"}.get(node.attributes.get_string("compute", ""), "fp32")
+    return "int8" if node.op_type in _INT8_KERNELS or node.op_type.startswith("QLinear") else None
 
 
 def _short(name: str) -> str:

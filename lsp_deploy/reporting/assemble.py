@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lsp_deploy import __version__
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.reporting.attention_levels import attention_section
+from lsp_deploy.reporting.execution_rows import attention_execution, linear_time
 from lsp_deploy.reporting.judgement import budget_section, run_warnings
 from lsp_deploy.reporting.layer_rows import layer_rows
 from lsp_deploy.reporting.pruning_rows import pruning_section
@@ -99,6 +100,8 @@ def assemble(
         size=_size(prepared, output),
         flops=_flops(prepared, plan, removed),
         layers=layers,
+        linear_time=linear_time(plan, _batch(prepared)),
+        attention_execution=attention_execution(plan.attention),
         pruning=pruning_section(pruning),
         attention=attention_section(attention),
         fidelity=_fidelity(measured.fidelity),
@@ -195,13 +198,17 @@ def _flops(prepared: PreparedModel, plan: Plan, removed: DeadStructure) -> Flops
     remaining = round(sum(_remaining_flops(layer, plan, smaller.get(layer.name)) for layer in plan.layers))
     attention = prepared.attention_flops
     return FlopsSection(
-        batch=next(iter(prepared.shapes.opt.values()))[0],
+        batch=_batch(prepared),
         linear_dense_flops=dense,
         linear_remaining_flops=remaining,
         attention_flops=attention,
         linear_remaining_fraction=remaining / dense,
         model_remaining_fraction=(remaining + attention) / (dense + attention),
     )
+
+
+def _batch(prepared: PreparedModel) -> int:
+    return next(iter(prepared.shapes.opt.values()))[0]
 
 
 def _remaining_flops(layer: LayerPlan, plan: Plan, smaller: SmallerLayer | None) -> float:

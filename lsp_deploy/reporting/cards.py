@@ -53,9 +53,9 @@ def headline(report: Report) -> str:
 
 
 def cards(report: Report) -> list[Card]:
-    """Return the cards of `report`: size, accuracy, FLOPs, precision, zeros, engine."""
+    """Return the cards of `report`: size, accuracy, FLOPs, precision, zeros, times, engine."""
     made = [_size(report), _accuracy(report), _drop(report), _flops(report), _precision(report), _zeros(report)]
-    return [card for card in (*made, _latency(report), _engine(report)) if card is not None]
+    return [card for card in (*made, _linear_time(report), _latency(report), _engine(report)) if card is not None]
 
 
 def _size(report: Report) -> Card:
@@ -154,6 +154,21 @@ def _zeros(report: Report) -> Card:
         value=formatting.percent(zeros),
         detail=_listed([*words, f"none in {formatting.count(dense, 'layer')}"] if dense else words),
         basis="counted",
+    )
+
+
+def _linear_time(report: Report) -> Card | None:
+    times = report.linear_time
+    if times is None:
+        return None
+    share = 100 * times.compressed_ms / times.dense_ms
+    return Card(
+        title="Time of linear layers",
+        value=formatting.milliseconds(times.compressed_ms),
+        detail=f"{formatting.milliseconds(times.dense_ms)} as dense float32 MatMuls; each layer timed by itself, "
+        f"batch {times.batch}, {formatting.count(times.threads, 'thread')}",
+        basis="measured",
+        share_percent=share,
     )
 
 

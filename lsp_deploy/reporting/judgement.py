@@ -69,7 +69,7 @@ def run_warnings(
             f"{other[0].name}: {other[0].engine.note}{' and others' if len(other) > 1 else ''}"
         )
     left = [layer for layer in layers if not layer.gone]
-    if any(layer.sparsity.pattern == "block" for layer in left):
+    if any(layer.sparsity.pattern == "block" and not layer.execution.times_us for layer in left):
         which = "block zeros" if all(layer.structure is None for layer in layers) else "the block zeros that are left"
         warnings.append(f"no engine gains from {which} yet: they stay in ordinary MatMuls, at the dense speed")
     gain_nothing = sum(layer.engine.uses_two_four is False for layer in layers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lsp_deploy.engines.protocol import EngineInfo, LayerRecord
 from lsp_deploy.plan import LayerPlan, Plan
+from lsp_deploy.reporting.execution_rows import layer_execution, layer_time_ms
 from lsp_deploy.reporting.pruning_rows import layer_blocks, layer_recovery
 from lsp_deploy.reporting.sections import (
     EngineLayer,
@@ -29,7 +30,7 @@ __all__ = ["WITHOUT_TWO_FOUR", "layer_rows"]
 WITHOUT_TWO_FOUR = frozenset({"onnxruntime", "tensorrt_rtx"})
 
 # What builders call a layer that multiplies.
-_MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected", re.IGNORECASE)
+_MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected|linear", re.IGNORECASE)
 # A layer that was cut into parts for the builder has nodes <name>/0, <name>/1, ...
 _PART = re.compile(r"/\d+$")
 
@@ -98,7 +99,9 @@ def _row(
         precision=LayerPrecision(
             asked=precision.asked, dtype=precision.dtype, sqnr_db=precision.sqnr_db, reason=precision.reason
         ),
+        execution=layer_execution(layer),
         engine=engine,
+        time_ms=layer_time_ms(layer),
     )
 
 

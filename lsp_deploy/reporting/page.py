@@ -24,6 +24,7 @@ from lsp_deploy.reporting.pruning_words import (
 from lsp_deploy.reporting.reasons import (
     ReasonGroup,
     engine_groups,
+    execution_groups,
     precision_groups,
     recovery_groups,
     sparsity_groups,
@@ -77,6 +78,7 @@ def render_page(report: Report, plan: Plan) -> str:
         _Topic("precision", "Element types", precision_groups(report.layers)),
         _Topic("zeros", "Zeros", sparsity_groups(report.layers)),
         *_recovery_topic(report.layers),
+        *_execution_topic(report.layers),
         _Topic("engine", "What the engine runs", engine_groups(report.layers)),
     ]
     fidelity, budget = report.fidelity, report.budget
@@ -109,6 +111,12 @@ def _recovery_topic(layers: list[LayerRow]) -> list[_Topic]:
     if all(layer.sparsity.pattern == "dense" and layer.recovery.method == "none" for layer in layers):
         return []
     return [_Topic("recovery", "Surviving weights", recovery_groups(layers))]
+
+
+def _execution_topic(layers: list[LayerRow]) -> list[_Topic]:
+    """Return what was chosen to run the layers; nothing where nothing was timed."""
+    groups = execution_groups(layers)
+    return [_Topic("execution", "What was chosen to run them", groups)] if groups else []
 
 
 def _csp_hash(text: str) -> str:

@@ -10,7 +10,7 @@ from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.layer_rows import layer_rows
 from lsp_deploy.reporting.pruning_rows import pruning_section
 from lsp_deploy.reporting.pruning_words import loss_words, pruning_words
-from lsp_deploy.reporting.reasons import precision_groups, sparsity_groups
+from lsp_deploy.reporting.reasons import execution_groups, precision_groups, sparsity_groups
 from lsp_deploy.reporting.sections import LayerRow
 
 if TYPE_CHECKING:
@@ -40,18 +40,26 @@ def plan_table(plan: Plan, pruning: Pruning | None = None) -> Group:
     table.add_column("K × N", justify="right", no_wrap=True)
     table.add_column("zeros", no_wrap=True)
     table.add_column("type")
+    table.add_column("run by")
     rows = layer_rows(plan, None)
     for row in rows:
         sparsity = row.sparsity
         zeros = f" {formatting.percent(sparsity.zeros_percent)}" if sparsity.pattern != "dense" else ""
-        cells = (row.name, row.role, f"{row.K} × {row.N}", sparsity.pattern + zeros, row.precision.dtype)
+        cells = (
+            row.name,
+            row.role,
+            f"{row.K} × {row.N}",
+            sparsity.pattern + zeros,
+            row.precision.dtype,
+            row.execution.kernel,
+        )
         table.add_row(*(Text(cell) for cell in cells))
     words = [pruning_words(rows), loss_words(pruning_section(pruning), None, None)]
     return Group(table, Text(), reason_table(rows), *(Text(line) for line in words if line))
 
 
 def reason_table(layers: Sequence[LayerRow], *, most: int | None = None) -> Table:
-    """Return why layers are what they are, in groups: at most `most` for types and as many for zeros."""
+    """Return why layers are what they are, in groups: at most `most` for types, and as many for zeros and kernels."""
     from rich.table import Table
     from rich.text import Text
 
@@ -60,7 +68,9 @@ def reason_table(layers: Sequence[LayerRow], *, most: int | None = None) -> Tabl
     table.add_column(justify="right")
     table.add_column(no_wrap=True)
     table.add_column()
-    for topic, groups in (("types", precision_groups(layers)), ("zeros", sparsity_groups(layers))):
+    topics = {"types": precision_groups, "zeros": sparsity_groups, "run by": execution_groups}
+    for topic, grouped in topics.items():
+        groups = grouped(layers)
         shown = groups[:most]
         for number, group in enumerate(shown):
             cells = (topic if number == 0 else "", str(len(group.layers)), group.outcome, group.reason)

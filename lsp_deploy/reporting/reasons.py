@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lsp_deploy.reporting.execution_rows import run_as
 from lsp_deploy.reporting.pruning_words import recovery_words
 from lsp_deploy.reporting.sections import LayerRow
 
-__all__ = ["ReasonGroup", "engine_groups", "precision_groups", "recovery_groups", "sparsity_groups", "without_outcome"]
+__all__ = [
+    "ReasonGroup",
+    "engine_groups",
+    "execution_groups",
+    "precision_groups",
+    "recovery_groups",
+    "sparsity_groups",
+    "without_outcome",
+]
 
 # A figure, not a part of a name: the 8 of int8, the 2 of 2:4 and the 0 of blocks.0 stay as they are.
 _FIGURE = re.compile(r"(?<![\w.:/\N{MINUS SIGN}-])-?\d+(?:\.\d+)?(?![\w:/]|\.\w)")
@@ -40,6 +49,11 @@ def sparsity_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
 def recovery_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
     """Group layers by what was done to their surviving weights, the largest group first."""
     return _groups((_recovered(layer), recovery_words(layer) or "not pruned") for layer in layers)
+
+
+def execution_groups(layers: Sequence[LayerRow]) -> list[ReasonGroup]:
+    """Group layers by what was chosen to run them, the largest group first; none where nothing was timed."""
+    return _groups(run_as(layers)) if any(layer.execution.times_us for layer in layers) else []
 
 
 def engine_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:

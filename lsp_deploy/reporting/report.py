@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from lsp_deploy.reporting.sections import (
+    AttentionExecution,
     AttentionSection,
     BudgetSection,
     DataSection,
@@ -16,6 +17,7 @@ from lsp_deploy.reporting.sections import (
     FlopsSection,
     HostSection,
     LayerRow,
+    LinearTimeSection,
     ModelSection,
     OutputFile,
     PowerSection,
@@ -46,6 +48,8 @@ class Report(Section):
     size: SizeSection = Field(description="files before and after")
     flops: FlopsSection = Field(description="work before and after")
     layers: list[LayerRow] = Field(description="every linear layer, in graph order")
+    linear_time: LinearTimeSection | None = Field(None, description="their times together; null: not measured")
+    attention_execution: AttentionExecution | None = Field(None, description="what computes attention; null: not known")
     pruning: PruningSection | None = Field(None, description="how zeros were chosen; null where this run did not")
     attention: AttentionSection | None = Field(None, description="attention maps; null where there are none to compare")
     fidelity: FidelitySection | None = Field(None, description="answers before and after; null: not measured")

@@ -163,6 +163,37 @@ class LayerPrecision(Section):
     reason: str = Field(description="why this and not less")
 
 
+class LayerExecution(Section):
+    """What multiplies a layer's matrices; times are of a model of this layer alone, at the opt shapes."""
+
+    kernel: str = Field(
+        description="engine: its own MatMul; block_sparse: lsp::BlockSparseLinear; qgemm: ONNX Runtime's int8 form"
+    )
+    times_us: dict[str, float] = Field(description="what each way to run it takes, measured on this machine")
+    threads: int | None = Field(description="that they were measured with; null: not measured")
+    reason: str = Field(description="why this")
+
+
+class AttentionExecution(Section):
+    """What computes attention, in all layers of the network."""
+
+    kernel: str = Field(description="engine: the operators as exported; lsp: lsp::Attention")
+    compute: str = Field(description="what its products are computed in")
+    times_us: dict[str, float] = Field(description="what each way takes in all layers, measured on this machine")
+    threads: int | None = Field(description="that they were measured with; null: not measured")
+    reason: str = Field(description="why this")
+
+
+class LinearTimeSection(Section):
+    """What the linear layers take together: sums over layers, each timed by itself at the opt shapes."""
+
+    basis: Literal["measured"] = Field("measured", description="on this machine, shape by shape")
+    batch: int = Field(ge=1, description="samples per inference at the opt shapes")
+    threads: int = Field(ge=1, description="CPU threads")
+    dense_ms: float = Field(ge=0, description="all layers dense, in float32, in the engine's own MatMul")
+    compressed_ms: float = Field(ge=0, description="all layers the way that the plan runs them")
+
+
 class LayerStructure(Section):
     """What zeros left dead in a layer: neurons, heads, or all of it; removed from the graph where they could be."""
 
@@ -198,8 +229,11 @@ class LayerRow(Section):
     blocks: LayerBlocks | None = Field(None, description="what removing blocks does; null: not analysed")
     structure: LayerStructure | None = Field(None, description="whole rows and columns of zeros; null: there are none")
     precision: LayerPrecision = Field(description="its element type")
+    execution: LayerExecution = Field(description="what was chosen to run it")
     engine: EngineLayer = Field(description="what the engine really runs")
-    time_ms: float | None = Field(None, description="on the target, measured; null: not measured")
+    time_ms: float | None = Field(
+        None, description="on the target, of a model of this layer alone, measured; null: not measured"
+    )
 
     @property
     def gone(self) -> bool:

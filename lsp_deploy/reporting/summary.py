@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.cards import as_asked_words, budget_words
+from lsp_deploy.reporting.execution_rows import linear_time_words
 from lsp_deploy.reporting.plan_table import reason_table
 from lsp_deploy.reporting.pruning_words import loss_words, pruning_words
 from lsp_deploy.reporting.report import Report
@@ -28,7 +29,10 @@ def summary_renderables(report: Report) -> list[RenderableType]:
     parts: list[RenderableType] = [_before_and_after(report), reason_table(report.layers, most=_MOST_REASONS)]
     loss = loss_words(report.pruning, report.budget, report.fidelity)
     pruning = pruning_words(report.layers, report.flops.linear_remaining_fraction)
-    parts += [Text(line) for line in (pruning, loss) if line]
+    times = None if report.linear_time is None else linear_time_words(report.linear_time)
+    attention = report.attention_execution
+    fused = f"attention: {attention.reason}" if attention is not None and attention.times_us else None
+    parts += [Text(line) for line in (times, fused, pruning, loss) if line]
     words, *commands = _engine_lines(report)
     # Commands to be pasted are not broken; in a group, because a bare Text loses that when it is printed.
     parts += [Text(words), Group(*(Text(line, no_wrap=True, overflow="ignore") for line in commands))]
