@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lsp_deploy.passes.constant_inputs import constant_array
 from lsp_deploy.passes.known_sizes import Size, Sizes, is_same_size, known_sizes, product, quotient, sizes_of
+from lsp_deploy.plugins.operators import describe_output
 
 __all__ = ["InferShapesPass", "ShapeInference", "reshaped", "standard_opset"]
 
@@ -21,7 +22,8 @@ _MAX_ELEMENTS = 1024
 class InferShapesPass(ir.passes.InPlacePass):
     """Values without type or shape get those that follow from their nodes' inputs.
 
-    Nodes that ONNX does not define keep what the file declares. The declared shapes of graph inputs and outputs stay.
+    Nodes that neither ONNX nor lsp-deploy defines keep what the file declares. The declared shapes of graph inputs and
+    outputs stay.
     The model is never serialized, so its size does not matter.
     """
 
@@ -55,6 +57,8 @@ class ShapeInference:
     def infer(self, node: ir.Node) -> bool:
         """Set the types and shapes of the outputs of `node`; return whether any of them changed."""
         before = [(output.type, output.shape) for output in node.outputs]
+        if not any(output.is_graph_output() for output in node.outputs):
+            describe_output(node)
         for output, type_ in zip(node.outputs, self._infer_types(node), strict=False):
             if type_ is not None:
                 output.type = ir.serde.deserialize_type_proto_for_type(type_) or output.type
