@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lsp_deploy.errors import UserError
 from lsp_deploy.passes.insertion import insert_after
+from lsp_deploy.passes.int8_scales import activation_scale, int8_weight, weight_scale
 from lsp_deploy.passes.layer_weights import add_initializer, layer_nodes, output_axis, stored, weight_value
 from lsp_deploy.plan import LayerPlan, Plan
 
@@ -47,18 +48,9 @@ class InsertQdqPass(ir.passes.InPlacePass):
         quantizer = _Quantizer(model.graph)
         for layer in layers:
             quantizer.quantize_activation(nodes[layer.name], layer)
-            quantizer.quantize_weight(nodes[layer.name], layer, self._weight_scale(layer))
+            quantizer.quantize_weight(nodes[layer.name], layer, weight_scale(self.plan, layer))
         quantizer.remove_replaced_weights()
         return ir.passes.PassResult(model, modified=bool(layers))
-
-    def _weight_scale(self, layer: LayerPlan) -> NDArray[np.float32]:
-        scale = self.plan.weight_scales.get(layer.name)
-        if scale is None or scale.shape != (layer.N,) or not (scale > 0).all():
-            raise UserError(
-                f"the plan makes layer {layer.name} int8 but has no {layer.N} positive weight scales for it; "
-                "keep plan.safetensors beside plan.json"
-            )
-        return scale
 
 
 @dataclass(frozen=True)
@@ -87,9 +79,7 @@ class _Quantizer:
         producer = x.producer()
         if producer is not None and producer.op_type == "DequantizeLinear":
             return
-        scale = layer.precision.activation_scale
-        if scale is None:
-            raise UserError(f"the plan makes layer {layer.name} int8 but gives it no activation_scale")
+        scale = activation_scale(layer)
         if x not in self.activations:
             self.activations[x] = (layer, self._insert_pair(x, layer.name, scale))
         first, dequantized = self.activations[x]
@@ -150,7 +140,7 @@ class _Quantizer:
                 if np.array_equal(shared.scale.const_value.numpy(), scale):
                     return shared
         steps = stored(np.broadcast_to(scale, (layer.K, layer.N)), node, weight.shape)
-        quantized = np.clip(np.rint(weight.astype(np.float32) * np.float32(alpha) / steps), -127, 127).astype(np.int8)
+        quantized = int8_weight(weight.astype(np.float32) * np.float32(alpha), steps)
         shared = _SharedWeight(
             source=source,
             alpha=alpha,
