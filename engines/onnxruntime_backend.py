@@ -19,6 +19,7 @@ from lsp_deploy.engines.feeds import check_feeds
 from lsp_deploy.engines.host import available_cpus, cpu_model
 from lsp_deploy.engines.int8_saturation import int8_saturates
 from lsp_deploy.engines.onnxruntime_layers import optimized_layers
+from lsp_deploy.engines.own_operators import imports_operators, with_runnable_operators
 from lsp_deploy.engines.protocol import (
     BackendStatus,
     BuildOptions,
@@ -101,7 +102,7 @@ class OnnxRuntimeEngine:
         """
         self._label = label
         self._threads = threads or len(available_cpus())
-        self._info = info or EngineInfo(backend=NAME, target="cpu", versions={NAME: ort.__version__})
+        self._info = info or _session_info()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         options = session_options(self._threads, optimize=optimize)
         if ort_format:
@@ -128,6 +129,8 @@ class OnnxRuntimeEngine:
     ) -> OnnxRuntimeEngine:
         """Return `model` in a session of its own; the model itself stays as it is.
 
+        Operators of ours run in the native library, or without it in standard operators; `describe` then says so.
+
         Args:
             model: the model, its file, or its serialized bytes; one above 2 GB goes through a temporary file.
             threads: intra-op threads; None for as many as this process may use CPUs.
@@ -141,7 +144,7 @@ class OnnxRuntimeEngine:
         """
         label = model.name if isinstance(model, Path) else "the model"
         if isinstance(model, (Path, bytes)):
-            if not extra_outputs and not float32_twin:
+            if not extra_outputs and not float32_twin and not imports_operators(model):
                 return cls(model, label, threads=threads, optimize=optimize)
             model = _load(model)
         elif extra_outputs or float32_twin:
@@ -160,14 +163,16 @@ class OnnxRuntimeEngine:
         from lsp_deploy.engines.own_int8_weights import with_own_int8_weights
         from lsp_deploy.model import model_bytes, save_model
 
+        model, warnings = with_runnable_operators(model)
         model = with_own_int8_weights(model)
+        info = _session_info(warnings)
         if _weight_bytes(model) <= _IN_MEMORY_BYTES:
-            return cls(model_bytes(model), label, threads=threads, optimize=optimize, echoes=echoes)
+            return cls(model_bytes(model), label, threads=threads, optimize=optimize, echoes=echoes, info=info)
         folder = tempfile.TemporaryDirectory(prefix="lsp-deploy-")
         try:
             path = Path(folder.name) / "model.onnx"
             save_model(model, path)
-            engine = cls(path, label, threads=threads, optimize=optimize, echoes=echoes)
+            engine = cls(path, label, threads=threads, optimize=optimize, echoes=echoes, info=info)
         except BaseException:
             folder.cleanup()
             raise
@@ -249,7 +254,7 @@ class OnnxRuntimeBackend:
         session = session_options(len(available_cpus()))
         session.add_session_config_entry("session.save_model_format", "ORT")
         try:
-            with _buildable(model_path) as source, atomic_path(engine_path) as temporary:
+            with _buildable(model_path) as (source, warnings), atomic_path(engine_path) as temporary:
                 layers = optimized_layers(source, session_options)
                 session.optimized_model_filepath = str(temporary)
                 ort.InferenceSession(str(source), session, providers=_PROVIDERS)
@@ -264,7 +269,11 @@ class OnnxRuntimeBackend:
             build_seconds=round(time.perf_counter() - start, 3),
             options=options,
             layers=layers,
-            warnings=[f"optimised for this CPU ({cpu_model()}); build it again for another", *_without_effect(options)],
+            warnings=[
+                f"optimised for this CPU ({cpu_model()}); build it again for another",
+                *warnings,
+                *_without_effect(options),
+            ],
         )
         return write_sidecar(info, engine_path)
 
@@ -307,20 +316,28 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
 
 
 @contextmanager
-def _buildable(model_path: Path) -> Iterator[Path]:
-    """Yield the model's file, or that of a copy in which no int8 weight is shared."""
+def _buildable(model_path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the file of a model that runs here, and what the user has to know of it.
+
+    It is the model's own, or a copy with runnable operators in which no int8 weight is shared.
+    """
     from lsp_deploy.engines.own_int8_weights import with_own_int8_weights
     from lsp_deploy.model import save_model
 
     model = _load(model_path)
-    unshared = with_own_int8_weights(model)
-    if unshared is model:
-        yield model_path
+    runnable, warnings = with_runnable_operators(model)
+    runnable = with_own_int8_weights(runnable)
+    if runnable is model:
+        yield model_path, warnings
         return
     with tempfile.TemporaryDirectory(prefix="lsp-deploy-") as folder:
         path = Path(folder) / model_path.name
-        save_model(unshared, path)
-        yield path
+        save_model(runnable, path)
+        yield path, warnings
+
+
+def _session_info(warnings: Sequence[str] = ()) -> EngineInfo:
+    return EngineInfo(backend=NAME, target="cpu", versions={NAME: ort.__version__}, warnings=list(warnings))
 
 
 def _load(model: Path | bytes) -> ir.Model:

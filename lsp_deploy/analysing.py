@@ -110,10 +110,12 @@ def _analyse(
     from lsp_deploy.model import MAX_OPSET, load_model, resolve_shapes
     from lsp_deploy.passes.canonicalize import canonicalize
     from lsp_deploy.passes.to_float32 import ToFloat32Pass
+    from lsp_deploy.plugins.operators import refuse_operators
     from lsp_deploy.sensitivity.analysis import analyse
     from lsp_deploy.steps.calibration import open_named, warn_assumed_preprocess
 
     original = load_model(path)
+    refuse_operators(original, path)
     shapes = resolve_shapes(original, request.shapes, batch=1)
     dataset, preprocess_from = open_named(
         original,

@@ -53,6 +53,13 @@ class Exporter(str, Enum):
     DYNAMO = "dynamo"
 
 
+class LoweredForm(str, Enum):
+    """How `lower` writes a block-sparse layer."""
+
+    MATMUL = "matmul"
+    GATHER = "gather"
+
+
 class Objective(str, Enum):
     """What `sensitivity` differentiates."""
 
@@ -331,16 +338,20 @@ def sensitivity(
 def lower(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
+    form: Annotated[
+        LoweredForm, typer.Option("--form", help="matmul: whole weights; gather: MatMuls that skip zero blocks.")
+    ] = LoweredForm.MATMUL,
     json: JsonOption = False,
 ) -> None:
     """Turn MODEL back into stock ONNX operators."""
     from lsp_deploy.lowering import lower_model
 
     console.configure(json=json)
-    replaced = lower_model(model, output)
-    console.say(f"{output}: {replaced} operators of ours replaced by stock ONNX operators")
+    replaced = lower_model(model, output, form.value)
+    counts = ", ".join(f"{count} {name}" for name, count in replaced.items())
+    console.say(f"{output}: {counts or 'no operators of ours'} replaced by stock ONNX operators")
     if json:
-        _print_json({"output": str(output), "replaced": replaced})
+        _print_json({"output": str(output), "form": form.value, "replaced": replaced})
 
 
 @app.command()

@@ -199,6 +199,9 @@ def _profiles(
             label: stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads, float32_twin=True))
             for label, model in models.items()
         }
+        for label, engine in engines.items():
+            for warning in engine.describe().warnings:
+                console.warn(f"{label}: {warning}")
         for batch in batches:
             feeds = dataset.feeds([index % len(dataset) for index in range(batch)])
             measured = profile(engines, feeds, threads=threads, duration=duration, warm_up=warm_up)
@@ -210,11 +213,13 @@ def _profiles(
 def _layers(models: Mapping[str, ir.Model], shapes: Shapes, dataset: Dataset, threads: int) -> list[LayerFidelity]:
     from lsp_deploy.engines.fidelity import layer_sqnr
     from lsp_deploy.linear_layers import linear_layers
+    from lsp_deploy.passes.lower_operators import LowerOperatorsPass
     from lsp_deploy.passes.to_float32 import ToFloat32Pass
 
     twins = {label: model.clone() for label, model in models.items()}
     for twin in twins.values():
         ToFloat32Pass()(twin)
+        LowerOperatorsPass()(twin)  # our operators hold bias and activation too: a layer's own output is inside
     found = {label: linear_layers(twin, shapes) for label, twin in twins.items()}
     by_name = {layer.name: layer for layer in found["compressed"]}
     pairs = {

@@ -15,6 +15,7 @@ from lsp_deploy.graph.constants import is_constant, root_of
 from lsp_deploy.graph.weight_patterns import find_pattern
 from lsp_deploy.linear_layers import LinearLayer, attention_flops, linear_layers
 from lsp_deploy.model import input_shapes, load_model, resolve_shapes
+from lsp_deploy.passes.lower_operators import LowerOperatorsPass
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,7 +103,9 @@ def inspect_model(path: Path, shapes: Mapping[str, Sequence[int]] | None = None)
     """
     model = load_model(path)
     declared, concrete = input_shapes(model), resolve_shapes(model, shapes, batch=1)
-    layers = linear_layers(model, concrete)
+    stock = model.clone()
+    LowerOperatorsPass()(stock)  # operators of ours are shown as the linear layers that they are
+    layers = linear_layers(stock, concrete)
     types = Counter(_operator(node) for node in model.graph.all_nodes())
     return Inspection(
         path=str(path),
@@ -121,7 +124,7 @@ def inspect_model(path: Path, shapes: Mapping[str, Sequence[int]] | None = None)
         input_shapes={name: list(shape) for name, shape in concrete.items()},
         parameters=_parameters(model),
         linear_flops=sum(layer.flops for layer in layers),
-        attention_flops=attention_flops(model, concrete),
+        attention_flops=attention_flops(stock, concrete),
         quantize_nodes=types["QuantizeLinear"],
         dequantize_nodes=types["DequantizeLinear"],
         node_types=dict(types.most_common()),

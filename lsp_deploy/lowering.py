@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lsp_deploy.errors import UserError
 
+if TYPE_CHECKING:
+    from lsp_deploy.plugins.block_sparse.lowering import Form
+
 __all__ = ["lower_model"]
 
-DOMAIN = "lsp"
 
+def lower_model(model: Path, output: Path, form: Form = "matmul") -> dict[str, int]:
+    """Write `model` to `output` with every operator of the `lsp` domain replaced; returns how many there were, by name.
 
-def lower_model(model: Path, output: Path) -> int:
-    """Write `model` to `output` with every operator of the `lsp` domain replaced; returns how many there were.
-
-    No operator of that domain is defined yet: a model of this version holds stock operators only and is written as
-    it is.
+    Args:
+        model: ONNX file, weights in either layout.
+        output: ONNX file to write; without operators of ours it is the model as it was.
+        form: `matmul`, whole weights with their zeros; `gather`, MatMuls that skip zero blocks where that is faster.
 
     Raises:
-        UserError: `output` is the input, or the model holds an operator that this version cannot replace.
+        UserError: `output` is the input, or an operator is not valid or of a later version.
     """
     from lsp_deploy.model import load_model, save_model
+    from lsp_deploy.passes.lower_operators import LowerOperatorsPass
 
     if output.exists() and model.exists() and output.samefile(model):
         raise UserError(f"{output} is the input model; choose another -o")
     loaded = load_model(model)
-    ours = [node for node in loaded.graph.all_nodes() if node.domain == DOMAIN]
-    if ours:
-        raise UserError(f"{model}: {ours[0].op_type} ({ours[0].name}) is of a later version of lsp-deploy")
+    lowering = LowerOperatorsPass(form)
+    lowering(loaded)
     save_model(loaded, output)
-    return 0
+    return dict(lowering.lowered)

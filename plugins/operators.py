@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -10,7 +11,7 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.plugins.attention import operator as attention
 from lsp_deploy.plugins.block_sparse import operator as block_sparse
 
-__all__ = ["DOMAIN", "describe_output", "operator_nodes"]
+__all__ = ["DOMAIN", "describe_output", "operator_nodes", "refuse_operators"]
 
 DOMAIN, VERSION = block_sparse.DOMAIN, block_sparse.VERSION
 
@@ -37,6 +38,15 @@ def operator_nodes(model: ir.Model) -> list[ir.Node]:
                 f"not know; it knows {', '.join(_DESCRIBE)} of version {VERSION}"
             )
     return nodes
+
+
+def refuse_operators(model: ir.Model, path: Path) -> None:
+    """Raise UserError if `model`, which is to be analysed, holds operators of ours: its zeros are decided already."""
+    if count := len(operator_nodes(model)):
+        raise UserError(
+            f"{path} is compressed already, it holds {count} operators of lsp-deploy; take the dense model, or turn it "
+            f"back into standard operators: lsp-deploy lower {path} -o {path.stem}-stock.onnx"
+        )
 
 
 def describe_output(node: ir.Node) -> None:

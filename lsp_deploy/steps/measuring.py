@@ -48,6 +48,8 @@ def measure(prepared: PreparedModel, compressed: ir.Model, evaluator: Evaluator,
         OnnxRuntimeEngine.from_model(compressed, threads=threads, float32_twin=True) as small,
     ):
         engines = {"dense": dense, "compressed": small}
+        for warning in small.describe().warnings:
+            console.warn(f"compressed: {warning}")
         profiles = profile(engines, feeds, threads=threads, duration=PROFILE_SECONDS)
         advance(1)
     return Measured(fidelity, profiles)

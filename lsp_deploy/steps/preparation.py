@@ -74,9 +74,11 @@ def prepare(path: Path, recipe: Recipe, target: Target) -> PreparedModel:
     from lsp_deploy.passes.canonicalize import canonicalize
     from lsp_deploy.passes.set_io_types import io_types
     from lsp_deploy.passes.to_float32 import ToFloat32Pass
+    from lsp_deploy.plugins.operators import refuse_operators
 
     compute_type = _compute_type(recipe, target)
     original = load_model(path)
+    refuse_operators(original, path)
     shapes = _shapes(original, recipe)
     original_io = io_types(original)
     # Q/DQ scales of 16 bit need opset 19.

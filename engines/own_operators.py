@@ -1,0 +1,45 @@
+"""Our operators in the form that ONNX Runtime takes on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from lsp_deploy.plugins.operators import DOMAIN, operator_nodes
+
+__all__ = ["imports_operators", "with_runnable_operators"]
+
+
+def imports_operators(model: Path | bytes) -> bool:
+    """Return whether a file, or its content, says that it holds operators of the domain lsp."""
+    if isinstance(model, bytes):
+        proto = onnx.ModelProto.FromString(model)
+    else:
+        proto = onnx.load(model, load_external_data=False)
+    return any(opset.domain == DOMAIN for opset in proto.opset_import)
+
+
+def with_runnable_operators(model: ir.Model) -> tuple[ir.Model, list[str]]:
+    """Return `model` in a form that runs here, and what the user has to know of it; itself where it holds none of ours.
+
+    The native library reads canonical weights. Where it is missing, standard operators take the place of ours.
+
+    Raises:
+        UserError: an operator that is not valid or of a later version.
+    """
+    nodes = operator_nodes(model)
+    if not nodes:
+        return model, []
+    from lsp_deploy.passes.canonical_blocks import CanonicalBlocksPass
+    from lsp_deploy.passes.lower_operators import LowerOperatorsPass
+    from lsp_deploy.plugins import library
+
+    copy, native = model.clone(), library()
+    if native.path is not None:
+        CanonicalBlocksPass()(copy)
+        return copy, []
+    LowerOperatorsPass("gather")(copy)
+    slower = f"its {len(nodes)} operators of lsp-deploy run as standard ones here, which is slower: {native.why}"
+    return copy, [slower]
