@@ -19,8 +19,8 @@ struct Int16Arithmetic : IntegerArithmetic<V, 2> {
 constexpr Shape kFloat = {16, 6, 1.0};
 constexpr Shape kInt8 = {16, 5, 1.0};
 
-void multiply_float(const Tile& tile, int, int rows) { Heights<FloatArithmetic<V>, kFloat.rows, 2>::run(tile, rows); }
-void multiply_int8(const Tile& tile, int, int rows) { Heights<Int16Arithmetic, kInt8.rows, 2>::run(tile, rows); }
+void multiply_float(const Tile& tile, int, int rows) { multiply_rows<FloatArithmetic<V>, kFloat.rows, 2>(tile, rows); }
+void multiply_int8(const Tile& tile, int, int rows) { multiply_rows<Int16Arithmetic, kInt8.rows, 2>(tile, rows); }
 
 }  // namespace
 

@@ -21,13 +21,13 @@ constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.05};
 constexpr Shape kWideInt8 = {32, 13, 1.0}, kNarrowInt8 = {16, 26, 1.05};
 
 void multiply_float(const Tile& tile, int columns, int rows) {
-  if (columns == kWide.columns) return Heights<FloatArithmetic<V>, kWide.rows, 2>::run(tile, rows);
-  Heights<FloatArithmetic<V>, kNarrow.rows, 1>::run(tile, rows);
+  if (columns == kWide.columns) return multiply_rows<FloatArithmetic<V>, kWide.rows, 2>(tile, rows);
+  multiply_rows<FloatArithmetic<V>, kNarrow.rows, 1>(tile, rows);
 }
 
 void multiply_int8(const Tile& tile, int columns, int rows) {
-  if (columns == kWideInt8.columns) return Heights<Int16Arithmetic, kWideInt8.rows, 2>::run(tile, rows);
-  Heights<Int16Arithmetic, kNarrowInt8.rows, 1>::run(tile, rows);
+  if (columns == kWideInt8.columns) return multiply_rows<Int16Arithmetic, kWideInt8.rows, 2>(tile, rows);
+  multiply_rows<Int16Arithmetic, kNarrowInt8.rows, 1>(tile, rows);
 }
 
 }  // namespace

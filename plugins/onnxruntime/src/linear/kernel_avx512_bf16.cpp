@@ -31,8 +31,8 @@ constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.05};
 void pack(const Rows& rows) { pack_chunks<PairWriter, float>(rows, PairWriter()); }
 
 void multiply(const Tile& tile, int columns, int rows) {
-  if (columns == kWide.columns) return Heights<PairArithmetic, kWide.rows, 2>::run(tile, rows);
-  Heights<PairArithmetic, kNarrow.rows, 1>::run(tile, rows);
+  if (columns == kWide.columns) return multiply_rows<PairArithmetic, kWide.rows, 2>(tile, rows);
+  multiply_rows<PairArithmetic, kNarrow.rows, 1>(tile, rows);
 }
 
 }  // namespace

@@ -28,8 +28,8 @@ struct Int32Words {
 
 constexpr Shape kShape = {16, 6, 1.0};
 
-void multiply_float(const Tile& tile, int, int rows) { Heights<FloatArithmetic<V>, kShape.rows, 4>::run(tile, rows); }
-void multiply_int8(const Tile& tile, int, int rows) { Heights<Int32Arithmetic, kShape.rows, 4>::run(tile, rows); }
+void multiply_float(const Tile& tile, int, int rows) { multiply_rows<FloatArithmetic<V>, kShape.rows, 4>(tile, rows); }
+void multiply_int8(const Tile& tile, int, int rows) { multiply_rows<Int32Arithmetic, kShape.rows, 4>(tile, rows); }
 
 }  // namespace
 

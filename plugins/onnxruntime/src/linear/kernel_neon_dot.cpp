@@ -23,7 +23,7 @@ struct Int8Words {
 
 constexpr Shape kShape = {16, 6, 1.0};
 
-void multiply(const Tile& tile, int, int rows) { Heights<DotArithmetic, kShape.rows, 4>::run(tile, rows); }
+void multiply(const Tile& tile, int, int rows) { multiply_rows<DotArithmetic, kShape.rows, 4>(tile, rows); }
 
 }  // namespace
 

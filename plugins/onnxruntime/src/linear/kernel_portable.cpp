@@ -27,8 +27,8 @@ constexpr int kRows = 2;
 constexpr int kVectors = 4;
 constexpr Shape kShape = {kVectors * V::lanes, kRows, 1.0};
 
-void multiply_float(const Tile& tile, int, int rows) { Heights<FloatArithmetic<V>, kRows, kVectors>::run(tile, rows); }
-void multiply_int8(const Tile& tile, int, int rows) { Heights<Int32Arithmetic, kRows, kVectors>::run(tile, rows); }
+void multiply_float(const Tile& tile, int, int rows) { multiply_rows<FloatArithmetic<V>, kRows, kVectors>(tile, rows); }
+void multiply_int8(const Tile& tile, int, int rows) { multiply_rows<Int32Arithmetic, kRows, kVectors>(tile, rows); }
 
 }  // namespace
 

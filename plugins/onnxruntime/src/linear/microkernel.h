@@ -2,8 +2,10 @@
 //
 // Everything here is a template over a type that lives in the including file's anonymous namespace: its instances belong
 // to that file alone, and code for one instruction set never stands in for another's. For the same reason nothing here
-// uses the standard library.
+// calls the standard library.
 #pragma once
+
+#include <utility>
 
 #include "linear/epilogue.h"
 #include "linear/kernel.h"
@@ -68,13 +70,16 @@ void multiply_tile(const Tile& tile) {
   if (!direct) finish_tile<V>(tile, buffer, columns, ROWS);
 }
 
-// A table of multiply_tile for every height up to ROWS.
+// Calls multiply_tile for the tile's height, of at most ROWS.
+template <class Arithmetic, int VECTORS, int... ROWS_BEFORE>
+void multiply_any_height(const Tile& tile, int rows, std::integer_sequence<int, ROWS_BEFORE...>) {
+  static constexpr void (*by_height[])(const Tile&) = {multiply_tile<Arithmetic, ROWS_BEFORE + 1, VECTORS>...};
+  by_height[rows - 1](tile);
+}
+
 template <class Arithmetic, int ROWS, int VECTORS>
-struct Heights {
-  static void run(const Tile& tile, int rows) {
-    if (rows == ROWS) return multiply_tile<Arithmetic, ROWS, VECTORS>(tile);
-    if constexpr (ROWS > 1) Heights<Arithmetic, ROWS - 1, VECTORS>::run(tile, rows);
-  }
-};
+void multiply_rows(const Tile& tile, int rows) {
+  multiply_any_height<Arithmetic, VECTORS>(tile, rows, std::make_integer_sequence<int, ROWS>());
+}
 
 }  // namespace lsp
