@@ -1,4 +1,4 @@
-"""What the layers of a network take on this machine's CPU: every shape is timed once and remembered.
+"""What linear layers and attention take on this machine's CPU: every shape is timed once and remembered.
 
 Small models of one layer each run in ONNX Runtime, in every form that the layer could be run in, in turns. Times are
 kept in the cache by shape, threads, CPU, ONNX Runtime and the operator's library.
@@ -7,11 +7,13 @@ kept in the cache by shape, threads, CPU, ONNX Runtime and the operator's librar
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +24,9 @@ from lsp_deploy.files import sha256_of, write_text
 from lsp_deploy.hardware.cpu_timings import CANDIDATES, DENSITIES, CpuTimings, LayerTimes, LinearShape, type_of
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
     from lsp_deploy.hardware.cpu_timings import Activation
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.linear_layers import LinearLayer
@@ -31,20 +36,27 @@ if TYPE_CHECKING:
 __all__ = ["CpuLayerTimer", "LayerTimer", "candidates", "layer_shape", "time_layers"]
 
 _FORMAT = 1  # of what is kept, and of the models that are timed
+_AT = " @ "
+# Attention is computed in what linear layers are.
+_ATTENTION = {"block_sparse fp32": "lsp fp32", "block_sparse bf16": "lsp bf16"}
 
 
 class LayerTimer(Protocol):
-    """Times one layer."""
+    """Times one layer, and all attention."""
 
     def curves(self, shape: LinearShape) -> dict[str, dict[float, float]]:
         """Return microseconds by candidate and density."""
+        ...
+
+    def attention(self, model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        """Return microseconds of all attention of a network by candidate; nothing where no operator can compute it."""
         ...
 
 
 def time_layers(
     prepared: PreparedModel, recipe: Recipe, target: Target, threads: int, timer: LayerTimer | None = None
 ) -> CpuTimings:
-    """Return what each linear layer takes on this machine with so many threads, at the opt shapes.
+    """Return what each linear layer, and attention, takes on this machine with so many threads, at the opt shapes.
 
     Args:
         prepared: the model.
@@ -60,11 +72,13 @@ def time_layers(
     timer = timer or CpuLayerTimer(threads, candidates(target, bf16_is_typed=recipe.precision == "bf16"))
     distinct = list(dict.fromkeys(shapes.values()))
     times = {}
-    with console.progress(f"timing the layers' shapes on this CPU, {threads} threads", len(distinct)) as advance:
+    with console.progress(f"timing layers on this CPU, {threads} threads", len(distinct) + 1) as advance:
         for shape in distinct:
             times[shape] = LayerTimes(shape, timer.curves(shape))
             advance(1)
-    return CpuTimings(threads, {name: times[shape] for name, shape in shapes.items()})
+        attention = timer.attention(prepared.canonical, prepared.shapes.opt)
+        advance(1)
+    return CpuTimings(threads, {name: times[shape] for name, shape in shapes.items()}, attention)
 
 
 def layer_shape(layer: LinearLayer, block: tuple[int, int]) -> LinearShape:
@@ -121,41 +135,60 @@ class CpuLayerTimer:
     def curves(self, shape: LinearShape) -> dict[str, dict[float, float]]:
         """Return microseconds by candidate and density, from the cache where they were measured before."""
         names = ("matmul fp32",) if shape.is_conv else self.names
-        folder = cache_folder() / "timings"
-        entry = folder / content_key(
-            format=_FORMAT, machine=self._machine, threads=self.threads, names=names, **vars(shape)
-        )
-        drop_old_entries(folder, entry)
-        path = entry / "times.json"
-        if path.is_file():
-            known: dict[str, dict[str, float]] = json.loads(path.read_text())
-            return {name: {float(density): us for density, us in curve.items()} for name, curve in known.items()}
-        curves = _measure(shape, names, self.threads)
-        write_text(path, json.dumps(curves, indent=1) + "\n")
+        known = self._remembered(lambda: _layer_times(shape, names, self.threads), names=names, **vars(shape))
+        curves: dict[str, dict[float, float]] = {name: {} for name in names}
+        for label, time in known.items():
+            name, density = label.split(_AT)
+            curves[name][float(density)] = time
         return curves
 
+    def attention(self, model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        """Return microseconds of all attention by candidate, from the cache where they were measured before."""
+        from lsp_deploy.model import model_bytes
+        from lsp_deploy.steps.attention_candidates import attention_parts
 
-def _measure(shape: LinearShape, names: Sequence[str], threads: int) -> dict[str, dict[float, float]]:
-    from lsp_deploy.engines.call_times import call_times_us
-    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+        operator = [_ATTENTION[name] for name in self.names if name in _ATTENTION]
+        total: dict[str, float] = {}
+        for part in attention_parts(model, shapes, operator):
+            forms = {name: hashlib.sha256(model_bytes(form)).hexdigest() for name, form in part.models.items()}
+            times = self._remembered(partial(_times, part.models, part.feeds, self.threads), forms=forms)
+            for name, time in times.items():
+                total[name] = total.get(name, 0.0) + part.count * time
+        return total
+
+    def _remembered(self, measure: Callable[[], dict[str, float]], **what: Any) -> dict[str, float]:
+        folder = cache_folder() / "timings"
+        entry = folder / content_key(format=_FORMAT, machine=self._machine, threads=self.threads, **what)
+        drop_old_entries(folder, entry)
+        path = entry / "times.json"
+        if not path.is_file():
+            write_text(path, json.dumps(measure(), indent=1) + "\n")
+        times: dict[str, float] = json.loads(path.read_text())
+        return times
+
+
+def _layer_times(shape: LinearShape, names: Sequence[str], threads: int) -> dict[str, float]:
+    """Return microseconds by candidate and density, as "block_sparse fp32 @ 0.5"."""
     from lsp_deploy.steps.layer_candidates import candidate_model, layer_feeds
 
-    feeds = layer_feeds(shape)
-    points = {
-        f"{name} @{density:g}": (name, density)
-        for name in names
-        for density in (DENSITIES if name.startswith(("block_sparse", "gather")) else (1.0,))
-    }
+    models = {}
+    for name in names:
+        for density in DENSITIES if name.startswith(("block_sparse", "gather")) else (1.0,):
+            models[f"{name}{_AT}{density:g}"] = candidate_model(shape, name, density)
+    return _times(models, layer_feeds(shape), threads)
+
+
+def _times(models: Mapping[str, ir.Model], feeds: Mapping[str, NDArray[Any]], threads: int) -> dict[str, float]:
+    from lsp_deploy.engines.call_times import call_times_us
+    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+
     with ExitStack() as stack:
-        calls = {}
-        for label, (name, density) in points.items():
-            model = candidate_model(shape, name, density)
-            calls[label] = stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads)).bound(feeds)
-        found = call_times_us(calls)
-    curves: dict[str, dict[float, float]] = {name: {} for name in names}
-    for label, (name, density) in points.items():
-        curves[name][density] = round(found[label], 3)
-    return curves
+        engines = {
+            name: stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads))
+            for name, model in models.items()
+        }
+        found = call_times_us({name: engine.bound(feeds) for name, engine in engines.items()})
+    return {name: round(time, 3) for name, time in found.items()}
 
 
 def _machine() -> dict[str, Any]:
