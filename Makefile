@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
+# What the installation compiles; when it changes, it is installed again.
+NATIVE := CMakeLists.txt $(shell find plugins/onnxruntime -type f)
 # uv looks for local wheels where pip was told to.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
@@ -21,7 +23,7 @@ test: $(STAMP)
 	scripts/typecheck.sh
 	$(BIN)/pytest -n auto
 
-$(STAMP): pyproject.toml requirements-dev.txt scripts/set_up.sh
+$(STAMP): pyproject.toml requirements-dev.txt scripts/set_up.sh $(NATIVE)
 	PYTHON="$(PYTHON)" scripts/set_up.sh
 	touch $@
 

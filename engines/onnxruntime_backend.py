@@ -31,6 +31,7 @@ from lsp_deploy.engines.protocol import (
 )
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import atomic_path
+from lsp_deploy.plugins import library, register
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -301,6 +302,8 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
     `MatMulAddFusion` reshapes the input of a MatMul of fixed shape to make it a Gemm. Behind a DequantizeLinear that
     keeps it from running in int8, and from opset 21 on it ends in a graph that ONNX Runtime itself refuses
     ("output_dtype INT8 does not match y_zero_point type UINT8", its issue 25526).
+
+    The operators of the domain lsp are registered where the native library is here.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -312,6 +315,8 @@ def session_options(threads: int, *, optimize: bool = True) -> Any:
     options.add_session_config_entry("optimization.disable_specified_optimizers", "MatMulAddFusion")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if library().path is not None:
+        register(options)
     return options
 
 

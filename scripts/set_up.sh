@@ -15,5 +15,6 @@ else
     install=(.venv/bin/python -m pip install --disable-pip-version-check)
 fi
 "${install[@]}" --quiet --requirement requirements-dev.txt
-# The lock has everything, the build's own needs included.
-"${install[@]}" --quiet --no-build-isolation --no-deps --editable .
+# The lock has everything, the build's own needs included. Installing compiles what changed of the native operators;
+# uv would leave that out where it finds the project installed.
+"${install[@]}" --quiet --no-build-isolation --no-deps --force-reinstall --editable .
