@@ -1,5 +1,3 @@
-#include <immintrin.h>
-
 namespace {
 constexpr int kWidth = 16, kVectors = 4;
 }

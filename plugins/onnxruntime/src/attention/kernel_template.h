@@ -115,89 +115,109 @@ void pack_values(const Job& job, const float* v, float* packed) {
   }
 }
 
-// The product of `rows` rows of cells of `a` and `vectors` vectors of `b` [depth, width]; put(row, vector, sum) stores it.
+// A product of cells: rows of `a`, `depth` cells each, times `b` [depth, vectors]; put(row, vector, sum) stores the sums.
+struct Product {
+  int64_t rows, depth;
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t first_vector;  // of `b` within the whole product
+};
+
 template <class Cells, int rows, int vectors, class Put>
-void multiply_tile(int64_t depth, const float* a, int64_t a_stride, const float* b, const Put& put) {
+void multiply_tile(const Product& product, int64_t first_row, Put put) {
+  const float* a = product.a + first_row * product.a_stride;
+  const float* b = product.b;
   Vector sums[rows][vectors] = {};
-  for (int64_t i = 0; i < depth; ++i) {
+  for (int64_t i = 0; i < product.depth; ++i) {
     Vector cells[vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) cells[j] = load(b + j * kWidth);
 #pragma GCC unroll 6
     for (int row = 0; row < rows; ++row) {
-      const float cell = a[row * a_stride + i];
+      const float cell = a[row * product.a_stride + i];
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) sums[row][j] = Cells::multiply_add(sums[row][j], cell, cells[j]);
     }
     b += vectors * kWidth;
   }
+#pragma GCC unroll 6
   for (int row = 0; row < rows; ++row) {
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) put(row, j, sums[row][j]);
+    for (int j = 0; j < vectors; ++j) put(first_row + row, product.first_vector + j, sums[row][j]);
   }
 }
 
 // All rows in tiles of one height. The last tile may overlap the one before it, and computes the same there again.
+// Not inlined: registers are allocated best for this loop alone.
 template <class Cells, int rows, int vectors, class Put>
-void multiply_rows(int64_t count, int64_t depth, const float* a, int64_t a_stride, const float* b, const Put& put) {
+__attribute__((noinline)) void multiply_rows(const Product product, const Put put) {
   for (int64_t row = 0;;) {
-    multiply_tile<Cells, rows, vectors>(depth, a + row * a_stride, a_stride, b,
-                                        [&](int i, int j, Vector sum) { put(row + i, j, sum); });
+    multiply_tile<Cells, rows, vectors>(product, row, put);
     row += rows;
-    if (row >= count) return;
-    if (row > count - rows) row = count - rows;
+    if (row >= product.rows) return;
+    if (row > product.rows - rows) row = product.rows - rows;
   }
 }
 
 template <class Cells, int vectors, class Put>
-void multiply_panel(int64_t count, int64_t depth, const float* a, int64_t a_stride, const float* b, const Put& put) {
-  if (count >= kTile) return multiply_rows<Cells, kTile, vectors>(count, depth, a, a_stride, b, put);
-  if (count >= 3) return multiply_rows<Cells, 3, vectors>(count, depth, a, a_stride, b, put);
-  return multiply_rows<Cells, 1, vectors>(count, depth, a, a_stride, b, put);
+void multiply_panel(const Product& product, Put put) {
+  if (product.rows >= kTile) {
+    multiply_rows<Cells, kTile, vectors>(product, put);
+  } else if (product.rows >= 3) {
+    multiply_rows<Cells, 3, vectors>(product, put);
+  } else {
+    multiply_rows<Cells, 1, vectors>(product, put);
+  }
 }
 
-// The product of `count` rows of cells of `a` and all panels of `b`; put(row, vector, sum) stores it.
+// The same for all panels of `b`.
 template <class Cells, class Put>
-void multiply(int64_t count, int64_t depth, const float* a, int64_t a_stride, const float* b, Panels panels, Put put) {
+void multiply(Product product, const Panels& panels, Put put) {
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t begin = panels.begin(panel), vectors = panels.begin(panel + 1) - begin;
-    const auto put_panel = [&](int64_t row, int j, Vector sum) { put(row, begin + j, sum); };
+    product.first_vector = begin;
     switch (vectors) {
       case 1:
-        multiply_panel<Cells, 1>(count, depth, a, a_stride, b, put_panel);
+        multiply_panel<Cells, 1>(product, put);
         break;
       case 2:
-        multiply_panel<Cells, 2>(count, depth, a, a_stride, b, put_panel);
+        multiply_panel<Cells, 2>(product, put);
         break;
       case 3:
-        if constexpr (kVectors >= 3) multiply_panel<Cells, 3>(count, depth, a, a_stride, b, put_panel);
+        if constexpr (kVectors >= 3) multiply_panel<Cells, 3>(product, put);
         break;
       default:
-        if constexpr (kVectors >= 4) multiply_panel<Cells, 4>(count, depth, a, a_stride, b, put_panel);
+        if constexpr (kVectors >= 4) multiply_panel<Cells, 4>(product, put);
     }
-    b += depth * vectors * kWidth;
+    product.b += product.depth * vectors * kWidth;
   }
 }
 
-// scores, already times log2(e), become 2^(score + bias · log2(e) - the largest of the row), as cells. Returns their sum.
-template <class Cells>
-float softmax_row(float* scores, int64_t keys, const float* bias) {
-  const int64_t padded = vectors_of(keys) * kWidth;
-  Vector largest = splat(-std::numeric_limits<float>::infinity());
-  for (int64_t i = 0; i < padded; i += kWidth) {
-    Vector score = load(scores + i);
-    if (bias != nullptr) score += load_partial(bias + i, keys - i) * splat(kLog2e);
-    if (i + kWidth > keys) {
-      const Integers count = Integers{} + static_cast<std::int32_t>(keys - i);
-      score = lane_numbers() < count ? score : splat(-std::numeric_limits<float>::infinity());
+// Adds the bias to a row of scores, which are times log2(e), takes out what is behind them, and returns the largest.
+inline float prepare_row(float* scores, int64_t keys, const float* bias) {
+  const Vector infinity = splat(std::numeric_limits<float>::infinity());
+  const int64_t padded = vectors_of(keys) * kWidth, last = padded - kWidth;
+  if (bias != nullptr) {
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      store(scores + i, load(scores + i) + load_partial(bias + i, keys - i) * splat(kLog2e));
     }
-    store(scores + i, score);
-    largest = larger(score, largest);
   }
-  const Vector top = splat(reduce(largest, larger));
+  const Integers behind = lane_numbers() >= Integers{} + static_cast<std::int32_t>(keys - last);
+  const Vector last_scores = behind ? -infinity : load(scores + last);
+  store(scores + last, last_scores);
+  Vector largest = last_scores;
+  for (int64_t i = 0; i < last; i += kWidth) largest = larger(load(scores + i), largest);
+  return reduce(largest, larger);
+}
+
+// Scores become 2^(score - largest), as cells. Returns their sum.
+template <class Cells>
+float exponentiate_row(float* scores, int64_t keys, float largest) {
+  const int64_t padded = vectors_of(keys) * kWidth;
   Vector sum = {};
   for (int64_t i = 0; i < padded; i += kWidth) {
-    const Vector weight = exp2_of_negative(load(scores + i) - top);
+    const Vector weight = exp2_of_negative(load(scores + i) - splat(largest));
     store(scores + i, weight);
     sum += weight;
   }
@@ -222,24 +242,29 @@ void attend(const Job& job, int64_t batch, int64_t head, int64_t row, int64_t ro
   // Scores are scaled by log2(e) too: the softmax then takes powers of two.
   const Vector scale = splat(job.scale * kLog2e);
   multiply<Cells>(
-      rows, layout.size_cells, queries, layout.padded_size, workspace + layout.keys, Panels(job.keys),
-      [&](int64_t i, int64_t j, Vector sum) { store(scores + i * layout.padded_keys + j * kWidth, sum * scale); });
+      {rows, layout.size_cells, queries, layout.padded_size, workspace + layout.keys, 0}, Panels(job.keys),
+      [scores, stride = layout.padded_keys, scale](int64_t i, int64_t j, Vector sum) {
+        store(scores + i * stride + j * kWidth, sum * scale);
+      });
 
-  float* inverse = queries;  // q has been read
   const float* bias = job.bias;
   if (bias != nullptr) bias += batch * job.bias_batch_stride + head * job.bias_head_stride + row * job.keys;
+  float* largest = queries;  // which have been read
   for (int64_t i = 0; i < rows; ++i) {
-    const float sum = softmax_row<Cells>(scores + i * layout.padded_keys, job.keys,
-                                         bias == nullptr ? nullptr : bias + i * job.keys);
-    inverse[i] = 1.0f / sum;
+    largest[i] = prepare_row(scores + i * layout.padded_keys, job.keys, bias == nullptr ? bias : bias + i * job.keys);
+  }
+  float* inverse = largest;
+  for (int64_t i = 0; i < rows; ++i) {
+    inverse[i] = 1.0f / exponentiate_row<Cells>(scores + i * layout.padded_keys, job.keys, largest[i]);
   }
 
   const int64_t y_stride = job.heads * job.size;
   float* y = job.y + (batch * job.queries + row) * y_stride + head * job.size;
-  multiply<Cells>(rows, layout.keys_cells, scores, layout.padded_keys, workspace + layout.values, Panels(job.size),
-                  [&](int64_t i, int64_t j, Vector sum) {
-                    store_partial(y + i * y_stride + j * kWidth, sum * splat(inverse[i]), job.size - j * kWidth);
-                  });
+  multiply<Cells>(
+      {rows, layout.keys_cells, scores, layout.padded_keys, workspace + layout.values, 0}, Panels(job.size),
+      [y, y_stride, inverse, size = job.size](int64_t i, int64_t j, Vector sum) {
+        store_partial(y + i * y_stride + j * kWidth, sum * splat(inverse[i]), size - j * kWidth);
+      });
 }
 
 template <class Cells>
