@@ -109,6 +109,7 @@ def diagnosis_table(diagnosis: Diagnosis) -> Table:
 
 def _runtimes(gpu_here: bool) -> Iterator[Finding]:
     yield _imported("onnxruntime", "pip install onnxruntime", _providers)
+    yield _native_operators()
     yield _imported("tensorrt_rtx", "pip install 'lsp-deploy[tensorrt-rtx]'", lambda _: "builds engines without a GPU")
     tensorrt = _imported("tensorrt", "pip install 'lsp-deploy[tensorrt]'", lambda _: "builds engines for the GPU here")
     if tensorrt.status == "usable" and not gpu_here:
@@ -117,6 +118,22 @@ def _runtimes(gpu_here: bool) -> Iterator[Finding]:
     yield tensorrt
     for name, extra in (("polygraphy", "tensorrt-rtx"), ("torch", "torch"), ("timm", "torch")):
         yield _installed(name, f"pip install 'lsp-deploy[{extra}]'")
+
+
+def _native_operators() -> Finding:
+    """Look for the library of operators for ONNX Runtime on CPUs, and load it."""
+    from lsp_deploy.plugins import instruction_sets, library
+
+    name = "native operators"
+    path, why = library()
+    if path is None:
+        return Finding(section="runtime", name=name, status="missing", detail=why or "")
+    try:
+        detail = f"{path.name}, for {', '.join(instruction_sets(path))}"
+    except OSError as error:
+        hint = "install lsp-deploy again on this machine"
+        return Finding(section="runtime", name=name, status="unusable", detail=_one_line(error), hint=hint)
+    return Finding(section="runtime", name=name, status="usable", detail=detail)
 
 
 def _installed(name: str, hint: str) -> Finding:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lsp_deploy.plugins.native import NativeLibrary, library, register
+from lsp_deploy.plugins.native import NativeLibrary, instruction_sets, library, register
 
-__all__ = ["NativeLibrary", "library", "register"]
+__all__ = ["NativeLibrary", "instruction_sets", "library", "register"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lsp_deploy.errors import UserError
 
-__all__ = ["NativeLibrary", "library", "register"]
+__all__ = ["NativeLibrary", "instruction_sets", "library", "register"]
 
 # CMakeLists.txt installs one of the two.
 _LIBRARY, _MISSING = "liblsp_ort.so", "liblsp_ort.missing"
@@ -33,6 +34,18 @@ def library() -> NativeLibrary:
             return NativeLibrary(folder / _LIBRARY, None)
     reasons = [(folder / _MISSING).read_text().strip() for folder in folders if (folder / _MISSING).is_file()]
     return NativeLibrary(None, reasons[0] if reasons else "lsp-deploy was not installed by pip, which builds it")
+
+
+def instruction_sets(path: Path) -> list[str]:
+    """Return those that the library at `path` has kernels for and this CPU has, best first.
+
+    Raises:
+        OSError: the file cannot be loaded.
+    """
+    ask = ctypes.CDLL(os.fspath(path)).lsp_isas
+    ask.restype = ctypes.c_char_p
+    names: bytes = ask()
+    return names.decode().split()
 
 
 def register(session_options: Any) -> None:

@@ -12,9 +12,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lsp_deploy import doctor
+from lsp_deploy import doctor, plugins
 from lsp_deploy.doctor import Diagnosis, Finding, Roots, diagnose, diagnosis_table
 from lsp_deploy.hardware.target import list_targets
+from lsp_deploy.plugins import NativeLibrary
 
 XEON = """\
 processor\t: {number}
@@ -177,6 +178,25 @@ def test_onnxruntime_and_its_providers(machine):
     assert found.status == "usable"
     assert found.detail.startswith(f"{onnxruntime.__version__}: ")
     assert "CPU" in found.detail
+
+
+def test_native_operators(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(plugins, "library", lambda: NativeLibrary(None, "no C++ compiler was there"))
+    found = find(machine, "runtime", "native operators")
+    assert (found.status, found.detail) == ("missing", "no C++ compiler was there")
+    (tmp_path / "liblsp_ort.so").write_text("of another machine")
+    monkeypatch.setattr(plugins, "library", lambda: NativeLibrary(tmp_path / "liblsp_ort.so", None))
+    assert find(machine, "runtime", "native operators").status == "unusable"
+
+
+def test_native_operators_of_this_installation(machine):
+    native, found = plugins.library(), find(machine, "runtime", "native operators")
+    if native.path is None:
+        assert (found.status, found.detail) == ("missing", native.why)
+    else:
+        assert found.status == "usable"
+        assert found.detail.startswith("liblsp_ort.so, for ")
+        assert found.detail.endswith("portable")
 
 
 def test_a_broken_runtime_is_a_row(machine, monkeypatch, tmp_path):
