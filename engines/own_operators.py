@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
 from lsp_deploy.plugins.operators import DOMAIN, operator_nodes
 
@@ -13,12 +14,15 @@ __all__ = ["imports_operators", "with_runnable_operators"]
 
 
 def imports_operators(model: Path | bytes) -> bool:
-    """Return whether a file, or its content, says that it holds operators of the domain lsp."""
-    if isinstance(model, bytes):
-        proto = onnx.ModelProto.FromString(model)
-    else:
-        proto = onnx.load(model, load_external_data=False)
-    return any(opset.domain == DOMAIN for opset in proto.opset_import)
+    """Return whether a file, or its content, says that it holds operators of the domain lsp.
+
+    What cannot be read holds none; the session that is made of it says what is wrong.
+    """
+    try:
+        content = model if isinstance(model, bytes) else model.read_bytes()
+        return any(opset.domain == DOMAIN for opset in onnx.ModelProto.FromString(content).opset_import)
+    except (OSError, DecodeError):
+        return False
 
 
 def with_runnable_operators(model: ir.Model) -> tuple[ir.Model, list[str]]:

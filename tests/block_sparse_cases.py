@@ -119,8 +119,11 @@ def case(
     )
 
 
+BLOCKS = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
 @st.composite
-def cpu_cases(draw, dtypes=("float32", "bfloat16", "int8"), blocks=st.tuples(st.integers(1, 40), st.integers(1, 40))):
+def cpu_cases(draw, dtypes=("float32", "bfloat16", "int8"), blocks=BLOCKS):
     """Operators in the form of CPUs: x and y are float32, or int8 where the layer is."""
     dtype = draw(st.sampled_from(dtypes))
     types = st.sampled_from(["float32", "int8"] if dtype == "int8" else ["float32"])
