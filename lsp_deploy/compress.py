@@ -98,7 +98,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         plan, pruning = _plan(prepared, data, evaluator, recipe, target, options, decided)
     with stages.time("apply"):
         shapes = prepared.shapes.opt
-        applied = apply_plan(prepared.canonical, plan, prepared.original_io, shapes, tensorrt=target.kind == "gpu")
+        applied = apply_plan(prepared.canonical, plan, prepared.original_io, shapes, kind=target.kind)
         compressed, removed = applied.model, applied.structure
         ValidateTargetPass(target.rules())(compressed)
     with stages.time("write"):

@@ -54,9 +54,8 @@ def pruned(model: ir.Model, masks: Mapping[str, np.ndarray], two_four: Collectio
     layers = [layer(name, *mask.shape) for name, mask in masks.items()]
     for one in layers:
         one.sparsity.pattern = "2:4" if one.name in two_four else "block"
-    return apply_plan(
-        model, plan_of(*layers, masks=masks), {}, resolve_shapes(model, None, batch=1), tensorrt=True
-    ).model
+    shapes = resolve_shapes(model, None, batch=1)
+    return apply_plan(model, plan_of(*layers, masks=masks), {}, shapes, kind="gpu").model
 
 
 def answers(model: Any) -> np.ndarray:
