@@ -103,11 +103,14 @@ class CpuTimings:
     """By layer name."""
     attention: Mapping[str, float] = field(default_factory=dict)
     """All attention of the network, µs: "exported fp32", "lsp fp32", "lsp bf16"; empty where there is none to fuse."""
+    disturbed: bool = False
+    """Whether other programs took CPU time from what was timed."""
 
     @property
     def conditions(self) -> str:
         """In words, for reasons: "measured, 2 threads"."""
-        return f"measured, {self.threads} thread{'' if self.threads == 1 else 's'}"
+        where = " on a busy machine" if self.disturbed else ""
+        return f"measured{where}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
 
 def type_of(candidate: str) -> ElementType:

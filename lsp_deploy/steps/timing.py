@@ -1,7 +1,7 @@
 """What linear layers and attention take on this machine's CPU: every shape is timed once and remembered.
 
 Small models of one layer each run in ONNX Runtime, in every form that the layer could be run in, in turns. Times are
-kept in the cache by shape, threads, CPU, ONNX Runtime and the operator's library.
+kept in the cache by shape, threads, CPU, ONNX Runtime and the operator's library, unless other programs disturbed them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["CpuLayerTimer", "LayerTimer", "candidates", "layer_shape", "time_layers"]
 
 _FORMAT = 1  # of what is kept, and of the models that are timed
+_DISTURBED_CPUS = 0.2  # kept busy by other programs, on top of those that the sessions leave idle
 _AT = " @ "
 # Attention is computed in what linear layers are.
 _ATTENTION = {"block_sparse fp32": "lsp fp32", "block_sparse bf16": "lsp bf16"}
@@ -43,6 +44,9 @@ _ATTENTION = {"block_sparse fp32": "lsp fp32", "block_sparse bf16": "lsp bf16"}
 
 class LayerTimer(Protocol):
     """Times one layer, and all attention."""
+
+    disturbed: bool
+    """Whether other programs took CPU time from anything that was timed."""
 
     def curves(self, shape: LinearShape) -> dict[str, dict[float, float]]:
         """Return microseconds by candidate and density."""
@@ -78,7 +82,9 @@ def time_layers(
             advance(1)
         attention = timer.attention(prepared.canonical, prepared.shapes.opt)
         advance(1)
-    return CpuTimings(threads, {name: times[shape] for name, shape in shapes.items()}, attention)
+    if timer.disturbed:
+        console.warn("other programs kept the CPU busy while layers were timed; where it is quiet, choices may differ")
+    return CpuTimings(threads, {name: times[shape] for name, shape in shapes.items()}, attention, timer.disturbed)
 
 
 def layer_shape(layer: LinearLayer, block: tuple[int, int]) -> LinearShape:
@@ -130,6 +136,7 @@ class CpuLayerTimer:
     def __init__(self, threads: int, names: Sequence[str]) -> None:
         """Take the threads of the sessions and the candidates."""
         self.threads, self.names = threads, tuple(names)
+        self.disturbed = False
         self._machine = _machine()
 
     def curves(self, shape: LinearShape) -> dict[str, dict[float, float]]:
@@ -157,13 +164,22 @@ class CpuLayerTimer:
         return total
 
     def _remembered(self, measure: Callable[[], dict[str, float]], **what: Any) -> dict[str, float]:
+        from lsp_deploy.engines.host import CpuMeter, available_cpus
+
         folder = cache_folder() / "timings"
         entry = folder / content_key(format=_FORMAT, machine=self._machine, threads=self.threads, **what)
         drop_old_entries(folder, entry)
         path = entry / "times.json"
-        if not path.is_file():
-            write_text(path, json.dumps(measure(), indent=1) + "\n")
-        times: dict[str, float] = json.loads(path.read_text())
+        if path.is_file():
+            known: dict[str, float] = json.loads(path.read_text())
+            return known
+        meter = CpuMeter()
+        times = measure()
+        foreign = meter.foreign_cpus()
+        if foreign is not None and foreign > max(0, len(available_cpus()) - self.threads) + _DISTURBED_CPUS:
+            self.disturbed = True
+        else:
+            write_text(path, json.dumps(times, indent=1) + "\n")
         return times
 
 
