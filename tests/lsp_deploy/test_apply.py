@@ -75,16 +75,16 @@ def test_int8_layers_left_to_the_engine_take_its_int8_form(canonical, feeds, int
     model = applied(canonical, int8)
     assert operators(model)["Gemm"] == len(int8.layers)
     expected = logits(apply_decisions(canonical, int8), feeds)
-    # A value half way between two integers may go either way, and the layers behind it see that.
-    least = noise(expected, logits(canonical, feeds)) / 4
-    assert noise(logits(model, feeds), expected) < least
+    # Biases are rounded here and not there, values near the middle of two integers then go another way.
+    limit = noise(expected, logits(canonical, feeds)) / 2
+    assert noise(logits(model, feeds), expected) < limit
     # A session as any user makes it, from the file.
     save_model(model, tmp_path / "model.onnx")
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     session = ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
     assert operators(ir.load(tmp_path / "optimized.onnx"))["QGemm"] == len(int8.layers)
-    assert noise(session.run(None, feeds)[0], expected) < least
+    assert noise(session.run(None, feeds)[0], expected) < limit
 
 
 def test_every_kernel_in_one_plan(canonical, feeds, int8):
@@ -104,7 +104,7 @@ def test_every_kernel_in_one_plan(canonical, feeds, int8):
     written = {one.role: from_node(nodes[one.name]).out_type for one in plan.layers if one.role in ("fc1", "fc2")}
     assert written == {"fc1": ir.DataType.INT8, "fc2": ir.DataType.FLOAT}
     expected = logits(apply_decisions(canonical, plan), feeds)
-    assert noise(logits(model, feeds), expected) < noise(expected, logits(canonical, feeds)) / 4
+    assert noise(logits(model, feeds), expected) < noise(expected, logits(canonical, feeds)) / 2
 
 
 def test_bf16_is_measured_as_it_runs(canonical, feeds, int8):
