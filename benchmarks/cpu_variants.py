@@ -220,7 +220,7 @@ class Network:
         if not path.exists():
             prepared = self.prepared
             model = apply_plan(
-                prepared.canonical, plan(), prepared.original_io, prepared.shapes.opt, tensorrt=False
+                prepared.canonical, plan(), prepared.original_io, prepared.shapes.opt, kind="cpu"
             ).model
             if lower:
                 LowerOperatorsPass("gather")(model)

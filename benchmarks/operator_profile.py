@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 from competitors import PROVIDERS, Images
 
 from lsp_deploy.engines.onnxruntime_backend import session_options
-from lsp_deploy.plugins import register
 
 _WARM_UP = 5
 
@@ -34,8 +32,6 @@ def print_profile(path: Path, images: Images, threads: int, runs: int = 40) -> N
 
 def _events(path: Path, images: Images, threads: int, runs: int) -> list[dict[str, Any]]:
     options = session_options(threads)
-    if "lsp" in ir.load(path).opset_imports:
-        register(options)
     with tempfile.TemporaryDirectory() as folder:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
