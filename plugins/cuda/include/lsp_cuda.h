@@ -14,9 +14,6 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-#ifdef LSP_CUDA_EXPORT
-#pragma GCC visibility push(default)
-#endif
 typedef enum { LSP_CUDA_NO_TYPE = 0, LSP_CUDA_INT8 = 3, LSP_CUDA_FLOAT16 = 10, LSP_CUDA_BFLOAT16 = 16 } lsp_cuda_type; /* ONNX's numbers */
 typedef enum { LSP_CUDA_NONE = 0, LSP_CUDA_GELU = 1, LSP_CUDA_GELU_TANH = 2, LSP_CUDA_RELU = 3 } lsp_cuda_activation;
 
@@ -57,9 +54,6 @@ const void* lsp_cuda_table(const lsp_cuda_plan*, int tactic, size_t* bytes);
  * stream is a cudaStream_t. May be captured into a CUDA graph once the tactic has run on the device. */
 const char* lsp_cuda_launch(const lsp_cuda_plan*, int tactic, int64_t M, const void* x, const void* values, const float* bias,
                             const float* scale, const void* residual, void* y, const void* table, void* stream);
-#ifdef LSP_CUDA_EXPORT
-#pragma GCC visibility pop
-#endif
 #ifdef __cplusplus
 }
 #endif

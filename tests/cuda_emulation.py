@@ -1,0 +1,127 @@
+"""The GPU kernels compiled for this CPU (plugins/cuda/emulation), and a layer to run them on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from lsp_deploy.cache import cache_folder
+from lsp_deploy.plugins.block_sparse.bsl16 import to_bsl16
+from lsp_deploy.plugins.block_sparse.operator import BlockSparseLinear
+from lsp_deploy.plugins.block_sparse.packing import pack
+from lsp_deploy.plugins.block_sparse.reference import block_sparse_linear
+from lsp_deploy.plugins.cuda.library import CudaLibrary, Plan
+
+SOURCES = Path(__file__).parents[1] / "plugins" / "cuda"
+NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16, ir.DataType.INT8: np.int8}
+SHAPES = ((16, 16), (16, 32), (32, 16), (32, 32), (32, 64), (64, 32), (64, 64))
+
+
+def source_hash(*extra: str) -> str:
+    """Return the hash of all sources of the kernels, and of what else decides the result."""
+    digest = hashlib.sha256("\n".join(extra).encode())
+    for path in sorted(SOURCES.rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def emulation() -> CudaLibrary:
+    """Return the kernels as they are, compiled once for each state of their sources."""
+    target = cache_folder() / "cuda-emulation" / f"{source_hash()}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            compiled(SOURCES, Path(folder)).replace(target)
+    return CudaLibrary(target)
+
+
+def compiled(sources: Path, folder: Path, optimization: str = "-O2") -> Path:
+    """Compile the emulation of the kernels whose sources are in a folder; return the library."""
+    target = folder / "emulation.so"
+    files = [sources / "emulation" / "emulate.cpp", sources / "src" / "plan.cpp"]
+    # Two of these libraries in one process must not share their static variables.
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-fno-gnu-unique"]
+    subprocess.run(["g++", optimization, *flags, f"-I{sources / 'include'}", *files, "-o", target], check=True)
+    return target
+
+
+@dataclasses.dataclass
+class Layer:
+    """One layer with its inputs; the values are packed."""
+
+    operator: BlockSparseLinear
+    x: NDArray[Any]
+    values: NDArray[Any]
+    bias: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    residual: NDArray[Any] | None = None
+
+    @property
+    def values_type(self) -> ir.DataType:
+        return ir.DataType.from_numpy(self.values.dtype)
+
+    def plan(self, library: CudaLibrary) -> Plan:
+        residual = ir.DataType.from_numpy(self.residual.dtype) if self.residual is not None else None
+        return library.plan(self.operator, self.values_type, residual)
+
+    def emulate(self, plan: Plan, tactic: int, grid: int = 2, m_chunk: int = 1, seed: int = 0) -> NDArray[Any]:
+        y = np.full((*self.x.shape[:-1], self.operator.N), 77, NUMPY[self.operator.out_type])
+        arrays = (self.x, self.values, self.bias, self.scale, self.residual, y, plan.table(tactic))
+        pointers = [array.ctypes.data if array is not None else None for array in arrays]
+        plan.emulate(tactic, len(self.x), pointers, grid=grid, m_chunk=m_chunk, seed=seed)
+        return y
+
+
+def make_layer(
+    m: int,
+    shape: tuple[int, int],
+    block: tuple[int, int],
+    *,
+    density: float,
+    values_type: ir.DataType,
+    draw: Callable[[np.random.Generator, tuple[int, ...]], NDArray[Any]],
+    seed: int,
+    residual: ir.DataType | None = None,
+    **attributes: Any,
+) -> Layer:
+    """Return a random layer with m rows of x.
+
+    `draw` gives x, weight, bias and residual; `attributes` are the operator's.
+    """
+    random = np.random.default_rng(seed)
+    grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+    mask = (random.random(grid) < density).repeat(block[0], axis=0).repeat(block[1], axis=1)
+    dtype = NUMPY[values_type]
+    blocks = pack(draw(random, shape).astype(dtype), mask[: shape[0], : shape[1]], block)
+    operator = BlockSparseLinear(
+        *shape, *block, col_ptr=blocks.col_ptr, k_idx=blocks.k_idx, layout="bsl16.v1", **attributes
+    )
+    return Layer(
+        operator,
+        x=draw(random, (m, shape[0])).astype(dtype),
+        values=to_bsl16(operator, blocks.values),
+        bias=draw(random, (shape[1],)).astype(np.float32),
+        scale=np.exp2(random.integers(-2, 1, shape[1])).astype(np.float32),
+        residual=draw(random, (m, shape[1])).astype(NUMPY[residual]) if residual is not None else None,
+    )
+
+
+def small_integers(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Of which all sums here are exact in every type."""
+    return random.integers(-1, 2, shape)
+
+
+def expected(layer: Layer, out_type: ir.DataType | None = None) -> NDArray[Any]:
+    operator = dataclasses.replace(layer.operator, out_type=out_type or layer.operator.out_type)
+    return block_sparse_linear(operator, layer.x, layer.values, layer.bias, layer.scale, layer.residual)
