@@ -128,7 +128,7 @@ struct Attention : CustomOp {
     const Api& api = *runtime.api;
     const bool packed = input_count(api, context) < 3;
     const int64_t width = last_size(api, context, 0);
-    set_output_like(api, context, 0, packed && width > 0 ? width / 3 : width, type);
+    set_output_like(api, context, 0, packed && width > 0 ? width / 3 : width);
   }
 
   std::unique_ptr<Kernel> make(const KernelInfo* info) const {

@@ -46,7 +46,7 @@ struct Kernel {
 };
 
 lsp_activation activation_of(const Node& node) {
-  const std::string name = node.text("activation");
+  const std::string name = node.text("activation", "none");
   if (name == "none") return LSP_NONE;
   if (name == "gelu") return LSP_GELU;
   if (name == "gelu_tanh") return LSP_GELU_TANH;
@@ -91,7 +91,7 @@ struct BlockSparseLinear : CustomOp {
     const Node node(runtime, info, kName);
     node.require_version();
     refuse_types(node);
-    const std::string layout = node.text("layout");
+    const std::string layout = node.text("layout", "canonical");
     node.require(layout != "bsl16.v1", "its layout bsl16.v1 is for GPUs; convert the model first: lsp-deploy lower");
     node.require(layout == "canonical", "layout \"" + layout + "\" is unknown here");
 

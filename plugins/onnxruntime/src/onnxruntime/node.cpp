@@ -96,7 +96,9 @@ std::string Node::text(const char* name, const char* absent) const { return has(
 
 std::vector<int64_t> Node::integers(const char* name) const {
   size_t count = 0;
-  if (!is_there(api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &count))) {
+  const bool found = is_there(api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &count));
+  // ONNX Runtime gives an attribute of another type as an empty list.
+  if (!found || (count == 0 && has_single(name))) {
     refuse(std::string("attribute ") + name + " is missing or no list of integers");
   }
   std::vector<int64_t> values(count);
@@ -185,13 +187,17 @@ TensorType Node::tensor_type(TypeInfo* owned) const {
 
 // Whether there is an attribute of this name, of whatever type: one of a wrong type is refused, not taken for absent.
 bool Node::has(const char* name) const {
+  size_t size = 0;
+  return has_single(name) || is_there(api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &size));
+}
+
+bool Node::has_single(const char* name) const {
   int64_t integer = 0;
   float real = 0;
   size_t size = 0;
   return is_there(api_.KernelInfoGetAttribute_int64(info_, name, &integer)) ||
          is_there(api_.KernelInfoGetAttribute_float(info_, name, &real)) ||
-         is_there(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size)) ||
-         is_there(api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &(size = 0)));
+         is_there(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size));
 }
 
 }  // namespace lsp::ort

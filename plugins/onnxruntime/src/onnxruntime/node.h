@@ -52,6 +52,7 @@ class Node {
   void check(Status* status) const;
   bool is_there(Status* status) const;
   bool has(const char* name) const;
+  bool has_single(const char* name) const;
   TensorType tensor_type(TypeInfo* owned) const;
 
   const Api& api_;

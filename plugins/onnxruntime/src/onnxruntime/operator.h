@@ -6,7 +6,8 @@
 //   runtime                              the ONNX Runtime it is registered in
 //   input_type(index), output_type()     element types
 //   make(info)                           a unique_ptr to a kernel, whose run(context) computes a call; both may throw
-//   infer_shape(context)                 sets the output's shape as far as it is known
+//   infer_shape(context)                 sets the output's shape as far as it is known; of the operators of one name
+//                                        ONNX Runtime asks the first, whatever the types
 #ifndef LSP_ONNXRUNTIME_OPERATOR_H
 #define LSP_ONNXRUNTIME_OPERATOR_H
 

@@ -63,7 +63,7 @@ void set_output_like(const Api& api, const ShapeInferContext* context, size_t in
     if (shape[i] < 0 && names[i].empty()) names[i] = fresh_name();
     pointers[i] = names[i].c_str();
   }
-  check(api, api.SetTensorElementType(info, type));
+  if (type != kUndefined) check(api, api.SetTensorElementType(info, type));
   check(api, api.SetDimensions(info, shape.data(), rank));
   check(api, api.SetSymbolicDimensions(info, pointers.data(), rank));
   check(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, info));

@@ -16,10 +16,10 @@ int64_t last_size(const Api& api, const ShapeInferContext* context, size_t input
 // Returns an integer attribute of the node, or `absent`.
 int64_t attribute(const Api& api, const ShapeInferContext* context, const char* name, int64_t absent);
 
-// Gives the output `type`, and the shape of an input with another last size. Does nothing where the input's rank is
-// unknown.
+// Gives the output the shape of an input with another last size, and `type`, or with kUndefined the input's type. Does
+// nothing where the input's rank is unknown.
 void set_output_like(const Api& api, const ShapeInferContext* context, size_t input, int64_t last_size,
-                     ElementType type);
+                     ElementType type = kUndefined);
 
 }  // namespace lsp::ort
 
