@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
 
+from lsp_deploy.plugins import library
 from lsp_deploy.plugins.operators import DOMAIN, operator_nodes
 
 __all__ = ["imports_operators", "with_runnable_operators"]
@@ -38,12 +39,10 @@ def with_runnable_operators(model: ir.Model) -> tuple[ir.Model, list[str]]:
         return model, []
     from lsp_deploy.passes.canonical_blocks import CanonicalBlocksPass
     from lsp_deploy.passes.lower_operators import LowerOperatorsPass
-    from lsp_deploy.plugins import library
 
     copy, native = model.clone(), library()
     if native.path is not None:
         CanonicalBlocksPass()(copy)
         return copy, []
     LowerOperatorsPass("gather")(copy)
-    slower = f"its {len(nodes)} operators of lsp-deploy run as standard ones here, which is slower: {native.why}"
-    return copy, [slower]
+    return copy, [f"operators of lsp-deploy ({len(nodes)}) run as standard ones, which is slower: {native.why}"]

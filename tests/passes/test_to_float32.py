@@ -4,12 +4,17 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from block_sparse_cases import case
 from onnx_ir.passes.common import CheckerPass
 from pass_models import array_of, graph, layer, node_of, op_types, plan, run
 
 from lsp_deploy.passes.cast_compute_type import CastComputeTypePass
 from lsp_deploy.passes.insert_qdq import InsertQdqPass
+from lsp_deploy.passes.lower_operators import LowerOperatorsPass
 from lsp_deploy.passes.to_float32 import ToFloat32Pass
+from lsp_deploy.plugins.block_sparse.operator import constant_inputs, from_node
+from lsp_deploy.plugins.block_sparse.reference import block_sparse_linear
+from lsp_deploy.plugins.block_sparse.weights import dense_weight
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((8, 6)).astype(np.float32)
@@ -114,3 +119,30 @@ def test_subgraphs_widen_too():
 
 def test_a_float32_model_is_not_modified():
     assert not ToFloat32Pass()(block()).modified
+
+
+@pytest.mark.parametrize("layout", ["canonical", "bsl16.v1"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_block_sparse_layers_of_gpu_models(dtype, layout):
+    half = "float16" if dtype == "int8" else dtype
+    one = case(dtype, K=64, N=48, x_type=half, out_type=half).in_layout(layout)
+    model = one.model()
+    twin = model.clone()
+    ToFloat32Pass()(twin)
+    (node,) = twin.graph
+    operator = from_node(node)
+    assert operator.out_type == FLOAT and twin.graph.inputs[0].dtype == FLOAT
+    values = constant_inputs(node)[0]
+    assert values.dtype == (np.int8 if dtype == "int8" else np.float32)
+    np.testing.assert_array_equal(dense_weight(operator, values), one.weight.astype(values.dtype))
+    x = one.x.astype(np.float32)
+    expected = block_sparse_linear(operator, x, values, one.bias, one.scale)
+    LowerOperatorsPass()(twin)
+    np.testing.assert_allclose(run(twin, x=x)["y"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert from_node(model.graph[0]) == one.operator
+
+
+def test_block_sparse_layers_of_cpu_models_stay():
+    model = case("bfloat16").model()
+    assert not ToFloat32Pass()(model).modified
+    assert constant_inputs(model.graph[0])[0].dtype == ml_dtypes.bfloat16
