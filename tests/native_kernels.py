@@ -110,7 +110,7 @@ def random_blocks(
 
 
 def canonical_values(weight: np.ndarray, mask: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """The surviving blocks of `weight` [K, N], block column major, padded with zeros; one block of zeros without any."""
+    """The surviving blocks of `weight` [K, N], block column major, padded with zeros; without any, one of zeros."""
     padded = np.zeros((mask.shape[0] * block[0], mask.shape[1] * block[1]), weight.dtype)
     padded[: weight.shape[0], : weight.shape[1]] = weight
     blocks = padded.reshape(mask.shape[0], block[0], mask.shape[1], block[1]).transpose(2, 0, 1, 3)[mask.T]

@@ -19,7 +19,7 @@ SOURCES = Path(__file__).parents[2] / "plugins" / "onnxruntime"
 
 @pytest.fixture(scope="session")
 def native_library(request: pytest.FixtureRequest) -> Path:
-    """The path of liblsp_ort.so: built here, once for each state of the sources; without a compiler the installed one."""
+    """The path of liblsp_ort.so, built once for each state of the sources; without a compiler the installed one."""
     if not all(shutil.which(program) for program in ("cmake", "c++")):
         found = library()
         if found.path is None:

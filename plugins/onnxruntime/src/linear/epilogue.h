@@ -64,40 +64,58 @@ typename V::Int quantize(typename V::Float x, typename V::Float offset, typename
   return V::round(V::min(V::max(scaled, V::broadcast(-128.0F)), V::broadcast(127.0F)));
 }
 
-// One vector of outputs, of which `count` are wanted.
+// `count` outputs of one row, from `position` on, of a vector's width or less.
 template <class V, lsp_activation ACTIVATION>
-void finish_vector(const Tile& tile, const float* values, int64_t position, int count) {
-  const bool whole = count >= V::lanes;
+void finish_part(const Tile& tile, const float* values, int64_t position, int count) {
   typename V::Float value = activate<V, ACTIVATION>(V::load(values));
-  if (tile.residual != nullptr) {
-    const float* residual = tile.residual + position;
-    value = V::add(value, whole ? V::load(residual) : V::load_part(residual, count));
-  }
+  if (tile.residual != nullptr) value = V::add(value, V::load_part(tile.residual + position, count));
   if (tile.epilogue->out_type == LSP_INT8) {
     const Quantization& out = tile.epilogue->out;
     const typename V::Int q = quantize<V>(value, V::broadcast(out.offset), V::broadcast(out.reciprocal));
-    int8_t* y = static_cast<int8_t*>(tile.y) + position;
-    if (whole) {
-      V::store_int8(y, q);
-    } else {
-      V::store_int8_part(y, q, count);
-    }
+    V::store_int8_part(static_cast<int8_t*>(tile.y) + position, q, count);
   } else {
-    float* y = static_cast<float*>(tile.y) + position;
-    if (whole) {
-      V::store(y, value);
-    } else {
-      V::store_part(y, value, count);
+    V::store_part(static_cast<float*>(tile.y) + position, value, count);
+  }
+}
+
+// Whole vectors, with what is the same for all of them decided beforehand.
+template <class V, lsp_activation ACTIVATION, bool RESIDUAL, class Out>
+void finish_whole(const Tile& tile, const float* buffer, int columns, int rows) {
+  const typename V::Float offset = V::broadcast(tile.epilogue->out.offset);
+  const typename V::Float reciprocal = V::broadcast(tile.epilogue->out.reciprocal);
+  const float* residual = tile.residual;
+  Out* y = static_cast<Out*>(tile.y);
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; c += V::lanes) {
+      typename V::Float value = activate<V, ACTIVATION>(V::load(buffer + c));
+      if constexpr (RESIDUAL) value = V::add(value, V::load(residual + c));
+      if constexpr (sizeof(Out) == 1) {
+        V::store_int8(y + c, quantize<V>(value, offset, reciprocal));
+      } else {
+        V::store(y + c, value);
+      }
     }
+    buffer += columns;
+    y += tile.stride;
+    if constexpr (RESIDUAL) residual += tile.stride;
   }
 }
 
 template <class V, lsp_activation ACTIVATION>
 void finish_rows(const Tile& tile, const float* buffer, int columns, int rows) {
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < tile.columns; c += V::lanes) {
-      finish_vector<V, ACTIVATION>(tile, buffer + r * columns + c, r * tile.stride + c, tile.columns - c);
+  if (tile.columns < columns) {
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < tile.columns; c += V::lanes) {
+        const int left = tile.columns - c;
+        finish_part<V, ACTIVATION>(tile, buffer + r * columns + c, r * tile.stride + c, left < V::lanes ? left : V::lanes);
+      }
     }
+  } else if (tile.epilogue->out_type == LSP_INT8) {
+    if (tile.residual != nullptr) return finish_whole<V, ACTIVATION, true, int8_t>(tile, buffer, columns, rows);
+    finish_whole<V, ACTIVATION, false, int8_t>(tile, buffer, columns, rows);
+  } else {
+    if (tile.residual != nullptr) return finish_whole<V, ACTIVATION, true, float>(tile, buffer, columns, rows);
+    finish_whole<V, ACTIVATION, false, float>(tile, buffer, columns, rows);
   }
 }
 

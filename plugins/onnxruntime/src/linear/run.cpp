@@ -104,12 +104,12 @@ struct Call {
     layer.kernel->pack(rows);
   }
 
-  void multiply(const Plan& plan, int64_t tile_index, int64_t panel) const {
+  // `row` counts from `first_row`, the first that is packed.
+  void multiply(int64_t first_row, int64_t row, int rows, int64_t panel) const {
     const Panels& panels = layer.panels;
     const int columns = panels.shape.columns;
-    const int64_t row = plan.tiles.begin(tile_index);
     const int64_t column = panel * columns;
-    const int64_t position = (plan.first_row + row) * layer.N + column;
+    const int64_t position = (first_row + row) * layer.N + column;
     const int64_t first = panels.first[static_cast<size_t>(panel)];
     Tile tile{};
     tile.x = packed + row * row_bytes;
@@ -124,7 +124,7 @@ struct Call {
     tile.stride = layer.N;
     tile.columns = static_cast<int>(std::min<int64_t>(columns, layer.N - column));
     tile.epilogue = &layer.epilogue;
-    layer.kernel->multiply(tile, columns, static_cast<int>(plan.tiles.size(tile_index)));
+    layer.kernel->multiply(tile, columns, rows);
   }
 };
 
@@ -140,9 +140,13 @@ void run_rows(const Call& call, const Plan& plan, const lsp_pool* pool) {
     const int64_t tile_group = task / plan.panel_groups;
     const int64_t panel_group = task % plan.panel_groups;
     const int64_t end = first_panel(call.layer.panels, panel_group + 1, plan.panel_groups);
+    const int64_t first_tile = plan.tile_groups.begin(tile_group), end_tile = plan.tile_groups.begin(tile_group + 1);
     for (int64_t p = first_panel(call.layer.panels, panel_group, plan.panel_groups); p < end; ++p) {
-      for (int64_t t = plan.tile_groups.begin(tile_group); t < plan.tile_groups.begin(tile_group + 1); ++t) {
-        call.multiply(plan, t, p);
+      int64_t row = plan.tiles.begin(first_tile);
+      for (int64_t t = first_tile; t < end_tile; ++t) {
+        const int64_t next = plan.tiles.begin(t + 1);
+        call.multiply(plan.first_row, row, static_cast<int>(next - row), p);
+        row = next;
       }
     }
   });
