@@ -18,7 +18,7 @@ _LEAST_CALLS = 2  # that count, in a block
 
 
 def call_times_us(
-    calls: Mapping[str, Callable[[], None]], *, seconds: float = 4.0, block_seconds: float = 0.01
+    calls: Mapping[str, Callable[[], None]], *, seconds: float = 2.5, block_seconds: float = 0.01
 ) -> dict[str, float]:
     """Return what each call takes at the least, µs: whatever disturbs a call makes it slower.
 

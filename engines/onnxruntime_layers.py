@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,19 @@ def optimized_layers(model_path: Path, session_options: Callable[[int], Any]) ->
     with tempfile.TemporaryDirectory(prefix="lsp-deploy-") as folder:
         graph = _optimized(model_path, Path(folder), session_options(1)).graph
         types = _types(graph, Path(folder), session_options(1))
-        sources = {node.name for node in ir.load(model_path).graph}
+        sources = _sources(ir.load(model_path).graph)
         records = [_record(node, types, sources) for node in graph]
         return [record for record in records if not _BOOKKEEPING.issuperset(record.output_types)]
+
+
+def _sources(graph: ir.Graph) -> dict[str, str]:
+    """Return by the name of a node in the optimised graph which node of the model it was.
+
+    Most keep theirs. A Conv in the blocked layout of its channels is called after its output.
+    """
+    names = {str(node.name): str(node.name) for node in graph}
+    convolutions = [node for node in graph if node.op_type == "Conv"]
+    return names | {f"{node.outputs[0].name}_nchwc": str(node.name) for node in convolutions}
 
 
 def _optimized(model_path: Path, folder: Path, options: Any) -> ir.Model:
@@ -71,7 +81,7 @@ def _types(graph: ir.Graph, folder: Path, options: Any) -> dict[str, str]:
     return types
 
 
-def _record(node: ir.Node, types: dict[str, str], sources: set[str | None]) -> LayerRecord:
+def _record(node: ir.Node, types: dict[str, str], sources: Mapping[str, str]) -> LayerRecord:
     inputs = [value for value in node.inputs if value is not None and value.name]
     constants = [value for value in inputs if value.is_initializer()]
     input_types = [types[str(value.name)] for value in inputs if not value.is_initializer()]
@@ -84,7 +94,7 @@ def _record(node: ir.Node, types: dict[str, str], sources: set[str | None]) -> L
         input_types=input_types,
         constant_types=constant_types,
         output_types=output_types,
-        onnx_nodes=[str(node.name)] if node.name in sources else [],
+        onnx_nodes=[sources[str(node.name)]] if node.name in sources else [],
     )
 
 

@@ -7,7 +7,8 @@ hardly loses anything.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from lsp_deploy.allocation.masks import block_sums
 from lsp_deploy.allocation.question import Question
@@ -16,6 +17,10 @@ from lsp_deploy.plan import AttentionDecision, ExecutionDecision, LayerPlan, Pla
 
 if TYPE_CHECKING:
     from lsp_deploy.hardware.target import ElementType
+
+_WORTH = 0.05  # of the time: for less, nothing is rounded to bf16
+_BF16 = "lsp bf16"
+_Name = TypeVar("_Name", bound=str)
 
 __all__ = ["block_density", "decide_execution", "expected_type", "least_time_us", "linear_time_us"]
 
@@ -108,25 +113,25 @@ def _executed(plan: Plan, timings: CpuTimings, *, bf16_attention: bool) -> Plan:
 
 def _why(chosen: str, times: dict[str, float], timings: CpuTimings, density: float, *, is_conv: bool) -> str:
     if is_conv:
-        return f"engine: a convolution; a MatMul of its shape takes {times[chosen]:.0f} µs ({timings.conditions})"
+        return f"engine: a convolution; a MatMul of its shape takes {_us(times[chosen])} ({timings.conditions})"
     others = sorted((time, name) for name, time in times.items() if name != chosen)
-    words = ", ".join(f"{name} {time:.0f} µs" for time, name in others)
+    words = ", ".join(f"{name} {_us(time)}" for time, name in others)
     blocks = "" if density == 1 else f"; {density:.0%} of the blocks survive"
-    return f"{chosen}: {times[chosen]:.0f} µs{f'; {words}' if words else ''} ({timings.conditions}{blocks})"
+    return f"{chosen}: {_us(times[chosen])}{f'; {words}' if words else ''} ({timings.conditions}{blocks})"
 
 
 def _attention(timings: CpuTimings, *, bf16: bool) -> AttentionDecision:
     times = {name: round(time, 2) for name, time in timings.attention.items()}
     if not times:
         return AttentionDecision(reason="left to the engine: no attention of a form that the operator takes was found")
-    chosen = min((name for name in times if bf16 or not name.endswith("bf16")), key=times.__getitem__)
-    others = "".join(f"; {name} {time:.0f} µs" for name, time in times.items() if name != chosen)
+    chosen = _best({name: time for name, time in times.items() if bf16 or name != _BF16}, _BF16)
+    others = "".join(f"; {name} {_us(time)}" for name, time in times.items() if name != chosen)
     return AttentionDecision(
         kernel="lsp" if chosen.startswith("lsp") else "engine",
         compute="bf16" if chosen.endswith("bf16") else "fp32",
         times_us=times,
         threads=timings.threads,
-        reason=f"{chosen}: {times[chosen]:.0f} µs in all layers{others} ({timings.conditions})",
+        reason=f"{chosen}: {_us(times[chosen])} in all layers{others} ({timings.conditions})",
     )
 
 
@@ -142,10 +147,10 @@ def _retyped(plan: Plan, timings: CpuTimings, *, bf16: str | None) -> Plan:
             continue
         density = block_density(result, layer)
         least = _times_by_type(layer, timings.layers[layer.name], density, bf16=bf16 is not None)
-        best = min(least, key=least.__getitem__)
+        best = _best(least, "bf16")
         if best == now:
             continue
-        why = f"{best}: {least[best]:.0f} µs, {now} takes {least[now]:.0f} µs ({timings.conditions})"
+        why = f"{best}: {_us(least[best])}, {now} takes {_us(least[now])} ({timings.conditions})"
         if best == "bf16":
             why += f"; {bf16}"
         layer.precision = PrecisionDecision(
@@ -160,6 +165,17 @@ def _times_by_type(layer: LayerPlan, times: LayerTimes, density: float, *, bf16:
     if layer.precision.asked == "auto":
         allowed += ["fp32", "bf16"] if bf16 else ["fp32"]
     return {dtype: float(times.least_us(dtype, density)) for dtype in allowed if times.usable(dtype)}
+
+
+def _best(times: Mapping[_Name, float], rounding: _Name) -> _Name:
+    """Return the fastest; the one that rounds to bf16 only if it is worth it."""
+    others = {name: time for name, time in times.items() if name != rounding}
+    best = min(others, key=others.__getitem__)
+    return rounding if times.get(rounding, float("inf")) < (1 - _WORTH) * others[best] else best
+
+
+def _us(time: float) -> str:
+    return f"{time:.0f} µs" if time >= 20 else f"{time:.1f} µs"
 
 
 def _uses_bf16(plan: Plan) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from lsp_deploy.allocation.execution import linear_time_us
@@ -47,12 +48,13 @@ def linear_time(plan: Plan, batch: int) -> LinearTimeSection | None:
     return LinearTimeSection(batch=batch, threads=threads, dense_ms=sum(as_dense), compressed_ms=sum(known))
 
 
-def linear_time_words(times: LinearTimeSection) -> str:
-    """Return the sums in a line."""
+def linear_time_words(times: LinearTimeSection, layers: Sequence[LayerRow]) -> str:
+    """Return in a sentence what runs the layers, and what they take together."""
+    kernels = Counter(kernel for kernel, _ in run_as(layers)).most_common()
     return (
-        f"linear layers: {formatting.milliseconds(times.compressed_ms)}, "
-        f"{formatting.milliseconds(times.dense_ms)} as dense {_DENSE} (measured, shape by shape, batch {times.batch}, "
-        f"{formatting.count(times.threads, 'thread')})"
+        f"linear layers: {', '.join(f'{number} {kernel}' for kernel, number in kernels)}; "
+        f"{formatting.milliseconds(times.compressed_ms)} together, {formatting.milliseconds(times.dense_ms)} as dense "
+        f"{_DENSE} (measured, shape by shape, batch {times.batch}, {formatting.count(times.threads, 'thread')})"
     )
 
 

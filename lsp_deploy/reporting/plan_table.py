@@ -59,7 +59,10 @@ def plan_table(plan: Plan, pruning: Pruning | None = None) -> Group:
 
 
 def reason_table(layers: Sequence[LayerRow], *, most: int | None = None) -> Table:
-    """Return why layers are what they are, in groups: at most `most` for types, and as many for zeros and kernels."""
+    """Return why layers are what they are, in groups: at most `most` for types and as many for zeros.
+
+    Where all are shown, what was chosen to run them, too: that is a group for every shape.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -68,7 +71,9 @@ def reason_table(layers: Sequence[LayerRow], *, most: int | None = None) -> Tabl
     table.add_column(justify="right")
     table.add_column(no_wrap=True)
     table.add_column()
-    topics = {"types": precision_groups, "zeros": sparsity_groups, "run by": execution_groups}
+    topics = {"types": precision_groups, "zeros": sparsity_groups}
+    if most is None:
+        topics["run by"] = execution_groups
     for topic, grouped in topics.items():
         groups = grouped(layers)
         shown = groups[:most]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lsp_deploy.reporting.execution_rows import run_as
@@ -51,9 +51,10 @@ def recovery_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
     return _groups((_recovered(layer), recovery_words(layer) or "not pruned") for layer in layers)
 
 
-def execution_groups(layers: Sequence[LayerRow]) -> list[ReasonGroup]:
+def execution_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
     """Group layers by what was chosen to run them, the largest group first; none where nothing was timed."""
-    return _groups(run_as(layers)) if any(layer.execution.times_us for layer in layers) else []
+    rows = list(layers)
+    return _groups(run_as(rows)) if any(layer.execution.times_us for layer in rows) else []
 
 
 def engine_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:

@@ -29,7 +29,7 @@ def summary_renderables(report: Report) -> list[RenderableType]:
     parts: list[RenderableType] = [_before_and_after(report), reason_table(report.layers, most=_MOST_REASONS)]
     loss = loss_words(report.pruning, report.budget, report.fidelity)
     pruning = pruning_words(report.layers, report.flops.linear_remaining_fraction)
-    times = None if report.linear_time is None else linear_time_words(report.linear_time)
+    times = None if report.linear_time is None else linear_time_words(report.linear_time, report.layers)
     attention = report.attention_execution
     fused = f"attention: {attention.reason}" if attention is not None and attention.times_us else None
     parts += [Text(line) for line in (times, fused, pruning, loss) if line]

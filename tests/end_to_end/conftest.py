@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from made_up_timer import MadeUpTimer
 
 from lsp_deploy import console
 from lsp_deploy.cli import main
@@ -30,6 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run `lsp-deploy ARGUMENTS` and return its exit code and output."""
 
     monkeypatch.setattr("lsp_deploy.steps.measuring.PROFILE_SECONDS", 0.1)
+    monkeypatch.setattr("lsp_deploy.steps.timing.CpuLayerTimer", MadeUpTimer)
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["lsp-deploy", *map(str, arguments)])
