@@ -155,17 +155,18 @@ def test_version_and_entry_point() -> None:
 
 def test_wheel_holds_one_package_with_its_data(tmp_path: Path) -> None:
     pytest.importorskip("scikit_build_core", reason="building a wheel needs scikit-build-core")
-    code = f"from scikit_build_core.build import build_wheel; build_wheel({str(tmp_path)!r})"
+    settings = {"build-dir": str(tmp_path / "build"), "cmake.define.LSP_NATIVE": "OFF"}
+    code = f"from scikit_build_core.build import build_wheel; build_wheel({str(tmp_path)!r}, {settings!r})"
     subprocess.run([sys.executable, "-I", "-c", code], cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = tmp_path.glob("lsp_deploy-*-py3-none-linux_*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert {name.partition("/")[0] for name in names} == {"lsp_deploy"}
-    # Code, and what stands beside it.
-    expected = {
+    # Code, and what stands beside it, but for what is compiled; and that it was not.
+    expected = {"lsp_deploy/plugins/liblsp_ort.missing"} | {
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and ROOT / "plugins/onnxruntime" not in path.parents
     }
     assert names == expected
     assert {"lsp_deploy/assets/digits_vit.onnx", "lsp_deploy/py.typed"} <= names
