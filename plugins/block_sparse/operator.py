@@ -273,6 +273,8 @@ def _check_inputs(node: ir.Node, operator: BlockSparseLinear) -> None:
     if len(node.inputs) == 5:
         allowed = _FLOATS if operator.out_type == ir.DataType.INT8 else (operator.out_type,)
         _check_operand(node.inputs[4], "residual", operator.N, allowed)
+        if not _may_be_alike(node.inputs[0], node.inputs[4]):
+            raise ValueError("its residual has other rows than its x; it is not broadcast")
 
 
 def _check_operand(value: ir.Value | None, what: str, size: int, allowed: Sequence[ir.DataType]) -> None:
@@ -284,6 +286,15 @@ def _check_operand(value: ir.Value | None, what: str, size: int, allowed: Sequen
         return
     if not len(value.shape) or (isinstance(value.shape[-1], int) and value.shape[-1] != size):
         raise ValueError(f"its {what} is {value.shape}, but has to end in {size}")
+
+
+def _may_be_alike(x: ir.Value | None, residual: ir.Value | None) -> bool:
+    """Return whether nothing that is known keeps both from having the same sizes before the last."""
+    if x is None or residual is None or x.shape is None or residual.shape is None:
+        return True
+    pairs = list(zip(list(x.shape)[:-1], list(residual.shape)[:-1], strict=False))
+    known = [(one, other) for one, other in pairs if isinstance(one, int) and isinstance(other, int)]
+    return len(x.shape) == len(residual.shape) and all(one == other for one, other in known)
 
 
 def _values_shape(operator: BlockSparseLinear, dtype: ir.DataType) -> tuple[int, ...]:

@@ -115,7 +115,7 @@ def value(dtype, shape):
 @pytest.mark.parametrize(
     ("index", "other", "message"),
     [
-        (0, value(ir.DataType.FLOAT16, [2, 40]), "its x is FLOAT16, not FLOAT"),
+        (0, value(ir.DataType.FLOAT16, [2, 3, 40]), "its x is FLOAT16, not FLOAT"),
         (0, value(ir.DataType.FLOAT, [2, 41]), r"its x is \[2,41\], but has to end in 40"),
         (0, value(ir.DataType.FLOAT, []), "its x is"),
         (0, None, "none of them empty"),
@@ -126,10 +126,12 @@ def value(dtype, shape):
         (3, constant(np.zeros(24, np.float16)), r"its scale is FLOAT16"),
         (4, value(ir.DataType.FLOAT, [2, 3, 40]), "its residual is .* has to end in 24"),
         (4, value(ir.DataType.BFLOAT16, [2, 3, 24]), "its residual is BFLOAT16"),
+        (4, value(ir.DataType.FLOAT, [1, 3, 24]), "its residual has other rows than its x; it is not broadcast"),
+        (4, value(ir.DataType.FLOAT, [3, 24]), "its residual has other rows"),
     ],
 )
 def test_wrong_inputs_are_refused(index, other, message):
-    (node,) = case(zeros=0.0, residual=True).model().graph
+    (node,) = case(zeros=0.0, residual=True).model(dynamic=False).graph
     node.replace_input_with(index, other)
     with pytest.raises(UserError, match=f"layer is not a valid .*{message}"):
         from_node(node)
