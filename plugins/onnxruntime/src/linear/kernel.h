@@ -39,6 +39,7 @@ struct Tile {
   const void* w;
   const int32_t* chunks;  // which chunk of K each chunk of the panel multiplies
   int32_t chunk_count;
+  int64_t prefetch;     // how far ahead of w, in bytes, weights are fetched into the second-level cache; 0: not
   const int32_t* start;  // integers: what the sums start from
   const float* scale;    // integers only
   const float* bias;

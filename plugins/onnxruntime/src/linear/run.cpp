@@ -1,5 +1,7 @@
 #include "linear/run.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "scratch.h"
@@ -9,8 +11,6 @@ namespace {
 
 // Rows of x are packed this many bytes at a time: it bounds the memory, and what is packed stays in the last-level cache.
 constexpr int64_t kPackedBytes = 4 << 20;
-// The packed rows that one task uses stay in half a second-level cache while all its panels stream past.
-constexpr int64_t kTaskBytes = 512 << 10;
 // A task packs no less than this.
 constexpr int64_t kPackBytes = 32 << 10;
 // A task multiplies no less than this, in multiplications: some ten microseconds.
@@ -20,6 +20,15 @@ constexpr int kTasksPerThread = 6;
 constexpr int kUnknownThreads = 8;
 // What a tile costs on top of its chunks, in chunks.
 constexpr int64_t kTileOverhead = 2;
+
+// The packed rows that one task uses stay in the second-level cache while all its panels stream past.
+int64_t task_bytes() {
+  static const int64_t bytes = [] {
+    const long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return (cache > 0 ? int64_t{cache} : int64_t{1} << 20) * 3 / 4;
+  }();
+  return bytes;
+}
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,7 +62,7 @@ Plan plan_rows(const Layer& layer, int64_t first_row, int64_t rows, int64_t row_
   Plan plan{};
   plan.first_row = first_row;
   plan.tiles = {rows, divide_up(rows, layer.panels.shape.rows)};
-  plan.tile_groups = {plan.tiles.parts, std::min(divide_up(rows * row_bytes, kTaskBytes), plan.tiles.parts)};
+  plan.tile_groups = {plan.tiles.parts, std::min(divide_up(rows * row_bytes, task_bytes()), plan.tiles.parts)};
   plan.panel_groups = 1;
   if (pool == nullptr || pool->threads == 1) return plan;
 
@@ -104,8 +113,8 @@ struct Call {
     layer.kernel->pack(rows);
   }
 
-  // `row` counts from `first_row`, the first that is packed.
-  void multiply(int64_t first_row, int64_t row, int rows, int64_t panel) const {
+  // `row` counts from `first_row`, the first that is packed. After the panel's last tile the next panel is wanted.
+  void multiply(int64_t first_row, int64_t row, int rows, int64_t panel, bool last) const {
     const Panels& panels = layer.panels;
     const int columns = panels.shape.columns;
     const int64_t column = panel * columns;
@@ -116,6 +125,7 @@ struct Call {
     tile.w = panels.words.get() + static_cast<size_t>(first) * panels.chunk_bytes;
     tile.chunks = panels.chunks.data() + first;
     tile.chunk_count = static_cast<int32_t>(panels.first[static_cast<size_t>(panel) + 1] - first);
+    tile.prefetch = last ? tile.chunk_count * static_cast<int64_t>(panels.chunk_bytes) : 0;
     tile.start = panels.start.data() + column;
     tile.scale = panels.scale.data() + column;
     tile.bias = panels.bias.data() + column;
@@ -145,7 +155,7 @@ void run_rows(const Call& call, const Plan& plan, const lsp_pool* pool) {
       int64_t row = plan.tiles.begin(first_tile);
       for (int64_t t = first_tile; t < end_tile; ++t) {
         const int64_t next = plan.tiles.begin(t + 1);
-        call.multiply(plan.first_row, row, static_cast<int>(next - row), p);
+        call.multiply(plan.first_row, row, static_cast<int>(next - row), p, t + 1 == end_tile);
         row = next;
       }
     }
