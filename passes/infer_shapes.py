@@ -23,8 +23,7 @@ class InferShapesPass(ir.passes.InPlacePass):
     """Values without type or shape get those that follow from their nodes' inputs.
 
     Nodes that neither ONNX nor lsp-deploy defines keep what the file declares. The declared shapes of graph inputs and
-    outputs stay.
-    The model is never serialized, so its size does not matter.
+    outputs stay. The model is never serialized, so its size does not matter.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -45,13 +45,13 @@ def lower(graph: ir.Graph, node: ir.Node, form: Form, opset: int) -> None:
     """
     operator = from_node(node)
     panels = find_panels(operator) if form == "gather" else []
+    skips = any(panel.rows is not None for panel in panels)
     x = node.inputs[0]
     assert x is not None
-    if x.dtype is None or (len(panels) > 1 and x.shape is None):
+    if x.dtype is None or (skips and x.shape is None):
         raise UserError(f"{node.name}: type or rank of its input {x.name} is not known; give the model its shapes")
     lowering = _Lowering(NodeWriter(graph, node), operator, node, opset)
-    product = lowering.panels(x, panels) if len(panels) > 1 else lowering.matmul(x)
-    lowering.finish(product)
+    lowering.finish(lowering.panels(x, panels) if skips else lowering.matmul(x))
 
 
 class _Lowering:
@@ -87,7 +87,7 @@ class _Lowering:
                 gathered = writer.insert("Gather", [slices, index], [ir.AttrInt64("axis", len(outer))])
                 source, weight = writer.insert("Reshape", [gathered, flat]), weight[rows]
             products.append(self.multiply(source, weight, columns, part))
-        return writer.insert("Concat", products, [ir.AttrInt64("axis", -1)])
+        return products[0] if len(products) == 1 else writer.insert("Concat", products, [ir.AttrInt64("axis", -1)])
 
     def operand(self, x: ir.Value) -> ir.Value:
         """Return x as the product reads it: int8, or rounded to the type of the values."""

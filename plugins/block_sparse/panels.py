@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lsp_deploy.plugins.block_sparse.operator import BlockSparseLinear
 
@@ -30,26 +32,33 @@ def find_panels(operator: BlockSparseLinear) -> list[Panel]:
 
     Neighbours that need the same rows share a panel, and so do neighbours whose union costs less than two panels.
     """
-    mask = operator.mask
-    columns = mask.shape[1]
-    cost = [0.0] + [np.inf] * columns
-    cut = [0] * (columns + 1)
+    columns = operator.grid[1]
+    cost, cut = [0.0] + [math.inf] * columns, [0] * (columns + 1)
     for begin in range(columns):
-        # For every end at once: how many rows the columns from `begin` on need.
-        needed = np.logical_or.accumulate(mask[:, begin:], axis=1).sum(axis=0)
-        widths = np.arange(1, columns - begin + 1) * operator.block_n
-        gathered = _PANEL + needed * operator.block_k * (_GATHER + widths)
-        whole = _PANEL + operator.K * widths
-        for end, price in enumerate(np.minimum(gathered, whole), begin + 1):
+        gathered, whole = _costs_from(operator, begin)
+        for end, price in enumerate(np.minimum(gathered, whole).tolist(), begin + 1):
             if cost[begin] + price < cost[end]:
                 cost[end], cut[end] = cost[begin] + price, begin
-    if cost[columns] + _CONCAT * operator.N >= _PANEL + operator.K * operator.N:
-        return [Panel(0, columns, None)]
+    alone = min(costs[-1] for costs in _costs_from(operator, 0))
+    if cost[columns] + _CONCAT * operator.N >= alone:
+        return [_panel(operator, 0, columns)]
     panels, end = [], columns
     while end:
-        needed_rows = tuple(np.flatnonzero(mask[:, cut[end] : end].any(axis=1)).tolist())
-        width = (end - cut[end]) * operator.block_n
-        gathers = len(needed_rows) * operator.block_k * (_GATHER + width) < operator.K * width
-        panels.append(Panel(cut[end], end, needed_rows if gathers else None))
+        panels.append(_panel(operator, cut[end], end))
         end = cut[end]
     return panels[::-1]
+
+
+def _costs_from(operator: BlockSparseLinear, begin: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what panels from `begin` to every later end cost: with the rows they need gathered, and with all of x."""
+    needed = np.logical_or.accumulate(operator.mask[:, begin:], axis=1).sum(axis=0)
+    widths = np.arange(1, needed.size + 1) * operator.block_n
+    return _PANEL + needed * operator.block_k * (_GATHER + widths), _PANEL + operator.K * widths
+
+
+def _panel(operator: BlockSparseLinear, begin: int, end: int) -> Panel:
+    gathered, whole = (costs[end - begin - 1] for costs in _costs_from(operator, begin))
+    if whole <= gathered:
+        return Panel(begin, end, None)
+    needed = operator.mask[:, begin:end].any(axis=1)
+    return Panel(begin, end, tuple(np.flatnonzero(needed).tolist()))

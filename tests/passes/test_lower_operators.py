@@ -79,6 +79,14 @@ def test_neighbours_that_need_the_same_rows_share_a_panel():
     assert array_of(model, "layer/panel_1/weight").shape == (64, 256)
 
 
+def test_rows_that_no_column_needs_are_left_out_of_one_panel():
+    survives = np.zeros((16, 4), bool)
+    survives[::4] = True
+    model = assert_lowered(case(K=512, N=128, block=(32, 32), survives=survives), "gather")
+    assert op_types(model) == ["Reshape", "Gather", "Reshape", "MatMul", "Add"]
+    assert array_of(model, "layer/panel_0/weight").shape == (128, 128)
+
+
 def test_gather_of_a_dense_weight_is_one_matmul():
     model = assert_lowered(case(K=64, N=64, zeros=0.1), "gather")
     assert op_types(model) == ["MatMul", "Add"]
