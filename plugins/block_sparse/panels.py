@@ -15,6 +15,8 @@ __all__ = ["Panel", "find_panels"]
 # Costs on a row of x, in multiply-adds of ONNX Runtime's MatMul: of a panel as such, of each entry of x gathered for
 # it, and of each entry of y concatenated. Fitted to DeiT-Small's layers at 197 rows (docs/operator.md has the figures).
 _PANEL, _GATHER, _CONCAT = 2500, 24, 24
+# Cuts have to promise at least a tenth less: a gain as small as the fit is good is not worth the nodes.
+_WORTH = 0.9
 
 
 class Panel(NamedTuple):
@@ -30,7 +32,8 @@ class Panel(NamedTuple):
 def find_panels(operator: BlockSparseLinear) -> list[Panel]:
     """Return the panels that cost least, by exact search over all cuts; a single one of all rows is the dense product.
 
-    Neighbours that need the same rows share a panel, and so do neighbours whose union costs less than two panels.
+    Neighbours that need the same rows share a panel, and so do neighbours whose union costs less than two panels. There
+    is one panel alone unless more of them cost a tenth less.
     """
     columns = operator.grid[1]
     cost, cut = [0.0] + [math.inf] * columns, [0] * (columns + 1)
@@ -40,7 +43,7 @@ def find_panels(operator: BlockSparseLinear) -> list[Panel]:
             if cost[begin] + price < cost[end]:
                 cost[end], cut[end] = cost[begin] + price, begin
     alone = min(costs[-1] for costs in _costs_from(operator, 0))
-    if cost[columns] + _CONCAT * operator.N >= alone:
+    if cost[columns] + _CONCAT * operator.N >= _WORTH * alone:
         return [_panel(operator, 0, columns)]
     panels, end = [], columns
     while end:

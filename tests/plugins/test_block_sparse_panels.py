@@ -1,4 +1,4 @@
-"""The cuts of the gather form are the cheapest that there are."""
+"""The cuts of the gather form are the cheapest that there are, where they are worth it."""
 
 from itertools import combinations, pairwise
 
@@ -38,4 +38,5 @@ def test_no_other_cuts_cost_less(columns, rows, block, zeros, seed):
         assert panel.rows is None or list(panel.rows) == needed
     every = [(0, *cuts, columns) for count in range(columns) for cuts in combinations(range(1, columns), count)]
     chosen = (0, *(panel.end for panel in panels))
-    assert cost(operator, chosen) == min(cost(operator, cuts) for cuts in every)
+    alone, least = cost(operator, (0, columns)), min(cost(operator, cuts) for cuts in every)
+    assert cost(operator, chosen) == (least if least < 0.9 * alone else alone)
