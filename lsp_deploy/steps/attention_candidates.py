@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from lsp_deploy.plugins.attention.operator import Compute
+
 __all__ = ["AttentionPart", "attention_parts"]
 
-_COMPUTE = {"lsp fp32": "float32", "lsp bf16": "bfloat16"}
+_COMPUTE: dict[str, Compute] = {"lsp fp32": "float32", "lsp bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from lsp_deploy.errors import UserError
 from lsp_deploy.passes.layer_weights import add_initializer
 from lsp_deploy.plugins.attention.operator import bias_of, from_node
 
@@ -19,7 +22,7 @@ def lower(graph: ir.Graph, node: ir.Node) -> None:
     In float32, whatever the node computes in: bfloat16 only rounds what this keeps. The output keeps its name.
 
     Raises:
-        UserError: the node is not valid.
+        UserError: the node is not valid, or its bias repeats along the batch without a known shape.
     """
     writer = _Writer(graph, node)
     operator = from_node(node)
@@ -28,11 +31,12 @@ def lower(graph: ir.Graph, node: ir.Node) -> None:
         q, k, v = writer.split(node.inputs[0], heads)
     else:
         q, k, v = (writer.heads(value, heads) for value in node.inputs[:3])
-    scale = writer.constant("scale", np.float32(operator.scale))
+    scale = writer.constant("scale", np.array(operator.scale, np.float32))
     scores = writer.insert("MatMul", [writer.insert("Mul", [q, scale]), writer.transpose(k, [0, 1, 3, 2])])
     bias = bias_of(node)
     if bias is not None:
-        scores = writer.insert("Add", [scores, bias])
+        batch = node.inputs[0].shape[0] if node.inputs[0] is not None and node.inputs[0].shape is not None else None
+        scores = writer.biased(scores, bias, batch, heads)
     weights = writer.insert("Softmax", [scores], [ir.AttrInt64("axis", -1)])
     rows = writer.transpose(writer.insert("MatMul", [weights, v]), [0, 2, 1, 3])
     y = writer.reshape(rows, [0, 0, -1])
@@ -60,14 +64,25 @@ class _Writer:
         """Return x [B, S, H·D] as [B, H, S, D]."""
         return self.transpose(self.reshape(x, [0, 0, heads, -1]), [0, 2, 1, 3])
 
+    def biased(self, scores: ir.Value, bias: ir.Value, batch: Any, heads: int) -> ir.Value:
+        """Return scores [B, H, S, T] + bias, which repeats along a batch that is a multiple of its own."""
+        shape = list(bias.shape or ())
+        if not shape or shape[0] in (1, batch) or not isinstance(shape[0], int):
+            return self.insert("Add", [scores, bias])
+        tokens = [size for size in shape[2:] if isinstance(size, int)]
+        if len(tokens) != 2:
+            raise UserError(f"{self._node.name}: its bias repeats along the batch, but its shape {shape} is not known")
+        images = self.reshape(scores, [-1, shape[0], heads, *tokens])
+        return self.reshape(self.insert("Add", [images, bias]), [-1, heads, *tokens])
+
     def reshape(self, x: ir.Value | None, shape: Sequence[int]) -> ir.Value:
         return self.insert("Reshape", [x, self.constant("shape", np.asarray(shape, np.int64))])
 
     def transpose(self, x: ir.Value, permutation: Sequence[int]) -> ir.Value:
         return self.insert("Transpose", [x], [ir.AttrInt64s("perm", permutation)])
 
-    def constant(self, what: str, array: np.ndarray) -> ir.Value:
-        return add_initializer(self._graph, f"{self._node.name}/{what}", np.asarray(array))
+    def constant(self, what: str, array: NDArray[Any]) -> ir.Value:
+        return add_initializer(self._graph, f"{self._node.name}/{what}", array)
 
     def insert(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr] = ()) -> ir.Value:
         return self.insert_all(op_type, inputs, attributes)[0]

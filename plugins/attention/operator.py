@@ -97,7 +97,7 @@ def to_node(operator: Attention, operands: Sequence[ir.Value], bias: ir.Value | 
     Args:
         operator: the attributes.
         operands: qkv [B, S, 3·H·D], or q [B, S, H·D], k and v [B, T, H·D].
-        bias: float32 [B or 1, H or 1, S, T], added to the scores.
+        bias: float32 [P, H or 1, S, T], added to the scores; it repeats along B, which is a multiple of P.
         name: of the node.
     """
     attributes = [
@@ -166,9 +166,18 @@ def _check_inputs(node: ir.Node, operator: Attention) -> None:
         bias = node.inputs[len(names)]
         assert bias is not None
         _check_type(bias, "bias", 4)
-        heads_of_bias = None if bias.shape is None else bias.shape[1]
-        if isinstance(heads_of_bias, int) and heads_of_bias not in (1, operator.num_heads):
-            raise ValueError(f"its bias has {heads_of_bias} heads, not 1 or {operator.num_heads}")
+        _check_bias(bias, node.inputs[0], operator)
+
+
+def _check_bias(bias: ir.Value, x: ir.Value | None, operator: Attention) -> None:
+    if bias.shape is None:
+        return
+    repeats, heads = bias.shape[0], bias.shape[1]
+    if isinstance(heads, int) and heads not in (1, operator.num_heads):
+        raise ValueError(f"its bias has {heads} heads, not 1 or {operator.num_heads}")
+    batch = x.shape[0] if x is not None and x.shape is not None else None
+    if isinstance(repeats, int) and isinstance(batch, int) and batch % max(repeats, 1):
+        raise ValueError(f"its bias is for {repeats} images, and the batch of {batch} is no multiple of that")
 
 
 def _check_type(value: ir.Value, name: str, rank: int) -> None:

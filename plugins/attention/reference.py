@@ -23,11 +23,13 @@ def attention(
     Args:
         operator: the attributes.
         *operands: qkv float32 [B, S, 3·H·D], or q [B, S, H·D], k and v [B, T, H·D].
-        bias: float32 [B or 1, H or 1, S, T].
+        bias: float32 [P, H or 1, S, T]; B is a multiple of P, along which the bias repeats.
     """
-    q, k, v = np.split(operands[0], 3, axis=-1) if operator.packed_qkv else operands
-    q, k, v = (_heads(_rounded(operator, x), operator.num_heads) for x in (q, k, v))
-    scores = operator.scale * (q @ k.swapaxes(-1, -2)) + (0.0 if bias is None else bias)
+    parts = np.split(operands[0], 3, axis=-1) if operator.packed_qkv else operands
+    q, k, v = (_heads(_rounded(operator, x), operator.num_heads) for x in parts)
+    scores = operator.scale * (q @ k.swapaxes(-1, -2))
+    if bias is not None:
+        scores += np.tile(bias, (len(scores) // len(bias), 1, 1, 1))
     with np.errstate(invalid="ignore"):
         weights = np.exp(scores - scores.max(-1, keepdims=True))
     y = (_rounded(operator, weights) @ v) / weights.sum(-1, keepdims=True)

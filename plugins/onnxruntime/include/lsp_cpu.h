@@ -38,9 +38,9 @@ typedef struct { int64_t heads, head_size; float scale; lsp_type compute; } lsp_
 typedef struct lsp_attention lsp_attention;
 typedef struct { const float* data; int64_t batch_stride, row_stride; } lsp_rows;     /* floats; heads lie side by side in a row */
 LSP_EXPORT const char* lsp_attention_create(const lsp_attention_desc* desc, const char* isa, lsp_attention** out);
-/* bias [.., .., S, T] or NULL; its strides in floats, 0 where it broadcasts. y is dense [B, S, heads*head_size]. */
+/* bias [bias_batches, bias_heads, S, T] or NULL: batch b adds matrix b % bias_batches; bias_heads is 1 or heads. y is dense [B, S, heads*head_size]. */
 LSP_EXPORT const char* lsp_attention_run(const lsp_attention*, int64_t B, int64_t S, int64_t T, lsp_rows q, lsp_rows k, lsp_rows v,
-                              const float* bias, int64_t bias_batch_stride, int64_t bias_head_stride, float* y, const lsp_pool* pool);
+                              const float* bias, int64_t bias_batches, int64_t bias_heads, float* y, const lsp_pool* pool);
 LSP_EXPORT void lsp_attention_destroy(lsp_attention*);
 LSP_EXPORT const char* lsp_attention_kernel(const lsp_attention*);
 LSP_EXPORT const char* lsp_isas(void);                           /* space-separated names usable here, best first */

@@ -117,12 +117,16 @@ extern "C" const char* lsp_attention_create(const lsp_attention_desc* desc, cons
 
 extern "C" const char* lsp_attention_run(const lsp_attention* attention, std::int64_t B, std::int64_t S,
                                          std::int64_t T, lsp_rows q, lsp_rows k, lsp_rows v, const float* bias,
-                                         std::int64_t bias_batch_stride, std::int64_t bias_head_stride, float* y,
+                                         std::int64_t bias_batches, std::int64_t bias_heads, float* y,
                                          const lsp_pool* pool) {
   const lsp_attention_desc& desc = attention->desc;
   if (B < 1 || S < 1) return nullptr;
   if (T < 1) return lsp::error("there are no keys to attend to");
-  const Job job{B, desc.heads, S, T, desc.head_size, desc.scale, q, k, v, bias, bias_batch_stride, bias_head_stride, y};
+  if (bias != nullptr && (bias_batches < 1 || (bias_heads != 1 && bias_heads != desc.heads))) {
+    return lsp::error("a bias of %lld batches and %lld heads is none for %lld heads", static_cast<long long>(bias_batches),
+                      static_cast<long long>(bias_heads), static_cast<long long>(desc.heads));
+  }
+  const Job job{B, desc.heads, S, T, desc.head_size, desc.scale, q, k, v, bias, bias_batches, bias_heads, y};
   const std::int64_t rows = rows_of_task(job, attention->kernel->tile);
   Run run{job, *attention->kernel, ++run_count, rows, (S + rows - 1) / rows, attention->kernel->bytes(job, rows)};
   const std::size_t tasks = static_cast<std::size_t>(B * desc.heads * run.tasks_per_head);

@@ -16,8 +16,8 @@ struct Job {
   std::int64_t batch, heads, queries, keys, size;
   float scale;
   lsp_rows q, k, v;
-  const float* bias;  // or NULL
-  std::int64_t bias_batch_stride, bias_head_stride;
+  const float* bias;  // [bias_batches, bias_heads, queries, keys], which repeats along batches and heads, or NULL
+  std::int64_t bias_batches, bias_heads;
   float* y;
 };
 

@@ -248,7 +248,10 @@ void attend(const Job& job, int64_t batch, int64_t head, int64_t row, int64_t ro
       });
 
   const float* bias = job.bias;
-  if (bias != nullptr) bias += batch * job.bias_batch_stride + head * job.bias_head_stride + row * job.keys;
+  if (bias != nullptr) {
+    const int64_t matrix = batch % job.bias_batches * job.bias_heads + head % job.bias_heads;
+    bias += (matrix * job.queries + row) * job.keys;
+  }
   float* largest = queries;  // which have been read
   for (int64_t i = 0; i < rows; ++i) {
     largest[i] = prepare_row(scores + i * layout.padded_keys, job.keys, bias == nullptr ? bias : bias + i * job.keys);

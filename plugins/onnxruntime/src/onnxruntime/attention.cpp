@@ -26,7 +26,7 @@ struct Operands {
 
 struct Bias {
   const float* data;
-  int64_t batch_stride, head_stride;
+  int64_t batches, heads;
 };
 
 void require(bool condition, const std::string& reason) {
@@ -58,14 +58,13 @@ Operands separate_operands(const Input& q, const Input& k, const Input& v, int64
 }
 
 Bias bias_of(const Input& bias, const Operands& operands, int64_t heads) {
-  if (bias.data == nullptr) return {nullptr, 0, 0};
+  if (bias.data == nullptr) return {nullptr, 1, 1};
   const Shape& shape = bias.shape;
-  const int64_t matrix = operands.queries * operands.keys;
-  require(shape.size() == 4 && (shape[0] == 1 || shape[0] == operands.batch) && (shape[1] == 1 || shape[1] == heads) &&
+  require(shape.size() == 4 && shape[0] > 0 && operands.batch % shape[0] == 0 && (shape[1] == 1 || shape[1] == heads) &&
               shape[2] == operands.queries && shape[3] == operands.keys,
           "bias is " + text_of(shape) + ", which does not broadcast over its first two sizes to [B, H, S, T] = " +
               text_of({operands.batch, heads, operands.queries, operands.keys}));
-  return {bias.floats(), shape[0] == 1 ? 0 : shape[1] * matrix, shape[1] == 1 ? 0 : matrix};
+  return {bias.floats(), shape[0], shape[1]};
 }
 
 // Throws the reason where there is no such kernel.
@@ -98,7 +97,7 @@ struct Kernel {
     auto* y = static_cast<float*>(call.output({operands.batch, operands.queries, operands.width}));
     const auto run_with = [&](const lsp_attention* with) {
       call.check_run(lsp_attention_run(with, operands.batch, operands.queries, operands.keys, operands.q, operands.k,
-                                       operands.v, bias.data, bias.batch_stride, bias.head_stride, y, call.pool()));
+                                       operands.v, bias.data, bias.batches, bias.heads, y, call.pool()));
     };
     lsp_attention_desc met = desc;
     met.head_size = operands.width / heads;
