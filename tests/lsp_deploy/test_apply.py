@@ -18,7 +18,7 @@ from lsp_deploy.linear_layers import linear_layers
 from lsp_deploy.model import load_model, save_model
 from lsp_deploy.passes.canonicalize import canonicalize
 from lsp_deploy.passes.lower_operators import LowerOperatorsPass
-from lsp_deploy.plan import Plan
+from lsp_deploy.plan import AttentionDecision, Plan
 from lsp_deploy.plugins.block_sparse.operator import from_node
 from lsp_deploy.steps.apply import apply_decisions, apply_plan
 
@@ -134,6 +134,22 @@ def test_zeros_that_leave_blocks_out(canonical, feeds, int8):
     np.testing.assert_allclose(logits(model, feeds), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     LowerOperatorsPass("gather")(model)
     np.testing.assert_allclose(logits(model, feeds), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_attention_as_one_operator(canonical, feeds, int8, compute):
+    plan = int8.branch()
+    plan.attention = AttentionDecision(kernel="lsp", compute=compute)
+    for decided in plan.layers:
+        decided.precision.dtype = "fp32"
+    measured, written = apply_decisions(canonical, plan), applied(canonical, plan)
+    assert operators(written)["Attention"] == 4
+    assert operators(written)["Softmax"] == 0
+    # What computes the same in float32 need not be there to be measured.
+    assert operators(measured)["Attention"] == (4 if compute == "bf16" else 0)
+    dense, expected = logits(canonical, feeds), logits(measured, feeds)
+    assert noise(expected, dense) < 1e-3
+    assert noise(logits(written, feeds), expected) < 1e-8
 
 
 def test_a_type_that_the_engine_does_not_compute_in_is_refused(canonical, int8):
