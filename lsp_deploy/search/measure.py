@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lsp_deploy.allocation.execution import linear_time_us
 from lsp_deploy.allocation.masks import block_sums
 from lsp_deploy.errors import UserError
-from lsp_deploy.hardware.cost_model import CostKind, block_costs, layer_cost
+from lsp_deploy.hardware.cost_model import CostKind, block_costs, block_matmul_energy_uj, layer_cost
 from lsp_deploy.search.block_curves import block_sizes
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ def measure_of(
     saves_time = timings is not None and recipe.sparsity == "auto" and recipe.allocator == "exact"
     kind, factor = _KINDS[typed or ("max_latency_ms" if saves_time else "flops")]
     always = float(attention_flops) if kind == "flops" and recipe.flops_of == "model" else 0.0
+    if kind == "energy_uj":
+        block_matmul_energy_uj(target, target.compute_type, recipe.block_shape)  # says at once if there are no figures
     value = None if typed is None else getattr(recipe, typed)
     times = {} if timings is None else timings.layers
     measure = Measure(kind, target, dtypes, recipe.block_shape, always, times)

@@ -28,10 +28,15 @@ __all__ = ["batch_size", "make_plan"]
 def make_plan(
     prepared: PreparedModel, data: CalibrationData, evaluator: Evaluator, recipe: Recipe, target: Target, threads: int
 ) -> tuple[Plan, Pruning | None]:
-    """Measure the model on the calibration data and decide every layer; also returns how its zeros were found."""
-    from lsp_deploy.steps.pruning import choose_pruner
+    """Measure the model on the calibration data and decide every layer; also returns how its zeros were found.
 
-    choice = choose_pruner(prepared, data, recipe, target, threads)
+    Where the target is this machine's CPU, what its layers take is measured, too.
+    """
+    from lsp_deploy.steps.pruning import choose_pruner
+    from lsp_deploy.steps.timing import time_layers
+
+    timings = time_layers(prepared, recipe, target, threads) if target.kind == "cpu" else None
+    choice = choose_pruner(prepared, data, recipe, target, threads, timings)
 
     def statistics(plan: Plan) -> dict[str, ActivationStatistics]:
         unquantized = plan.branch()
@@ -55,6 +60,7 @@ def make_plan(
             pruner=choice.pruner,
             why_no_pruner=choice.why_not,
             loss=evaluator.loss if evaluator.is_classifier else None,
+            timings=timings,
         )
     )
     if pruning is not None:
