@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,9 @@ def main() -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("error: nvcc was not found; install CUDA, or the packages nvidia-cuda-nvcc and nvidia-cuda-cccl")
-    rows = [f"    {json.dumps(name)}: {json.dumps(use)}" for name, use in sorted(build(nvcc).use.items())]
+    with tempfile.TemporaryDirectory() as folder:
+        use = build(nvcc, Path(folder)).use
+    rows = [f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(use.items())]
     table = ",\n".join(rows)
     path = ROOT / "tests" / "plugins" / "data" / "cuda_registers.json"
     path.parent.mkdir(exist_ok=True)

@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lsp_deploy.cache import cache_folder
 from lsp_deploy.plugins.block_sparse.bsl16 import to_bsl16
 from lsp_deploy.plugins.block_sparse.operator import BlockSparseLinear
 from lsp_deploy.plugins.block_sparse.packing import pack
@@ -36,12 +35,11 @@ def source_hash(*extra: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def emulation() -> CudaLibrary:
+def emulation(cache: Path) -> CudaLibrary:
     """Return the kernels as they are, compiled once for each state of their sources."""
-    target = cache_folder() / "cuda-emulation" / f"{source_hash()}.so"
+    target = cache / f"emulation-{source_hash()}.so"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
             compiled(SOURCES, Path(folder)).replace(target)
     return CudaLibrary(target)
 

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from cuda_emulation import SOURCES, source_hash
 
-from lsp_deploy.cache import cache_folder
-
 ARCHITECTURES = (80, 86, 87, 89, 90, 100, 120)
 
 # Template arguments of Tile in a mangled name: type, M, N, five more integers, ragged.
@@ -55,7 +53,7 @@ class Build:
     use: dict[str, dict[str, tuple[int, int]]]
 
 
-def build(nvcc: Path) -> Build:
+def build(nvcc: Path, cache: Path) -> Build:
     """Return the kernels, compiled for all architectures once for each state of their sources and of the toolkit.
 
     Raises:
@@ -63,7 +61,7 @@ def build(nvcc: Path) -> Build:
     """
     architectures = known_architectures(nvcc)
     key = source_hash(str(nvcc), release(nvcc), str(architectures))
-    folder = cache_folder() / "cuda-kernels" / key
+    folder = cache / f"kernels-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -25,9 +25,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Build:
+def cache(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.cache.mkdir("cuda"))
+
+
+@pytest.fixture(scope="module")
+def kernels(cache: Path) -> Build:
     assert NVCC is not None
-    return build(NVCC)
+    return build(NVCC, cache)
 
 
 def test_every_kernel_is_there_for_every_architecture(kernels: Build) -> None:
@@ -65,12 +70,12 @@ def test_the_library_exports_its_functions_alone(kernels: Build) -> None:
     assert "libcud" not in needed  # the runtime is inside, and finds the driver by itself
 
 
-def test_plans_are_those_of_the_emulation(kernels: Build) -> None:
+def test_plans_are_those_of_the_emulation(kernels: Build, cache: Path) -> None:
     layer = make_layer(
         1, (200, 208), (32, 16), density=0.4, values_type=ir.DataType.FLOAT16, draw=small_integers, seed=0,
         out_type=ir.DataType.FLOAT16,
     )  # fmt: skip
-    with layer.plan(CudaLibrary(kernels.library)) as here, layer.plan(emulation()) as there:
+    with layer.plan(CudaLibrary(kernels.library)) as here, layer.plan(emulation(cache)) as there:
         assert here.tactics == there.tactics and here.sub_blocks == there.sub_blocks == len(layer.values)
         for tactic in range(len(here.tactics)):
             np.testing.assert_array_equal(here.table(tactic), there.table(tactic))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to c
 
 
 @pytest.fixture(scope="module")
-def library() -> CudaLibrary:
-    return emulation()
+def library(request: pytest.FixtureRequest) -> CudaLibrary:
+    return emulation(Path(request.config.cache.mkdir("cuda")))
 
 
 def all_of_int8(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[Any]:
