@@ -39,8 +39,10 @@ def _grid_of_readers(value: ir.Value, operators: dict[ir.Node, BlockSparseLinear
         if reader not in operators or index != 0:
             return None
         grids.add((operators[reader].x_scale, operators[reader].x_offset))
-    (grid,) = grids if len(grids) == 1 else (None,)
-    return grid if grid is not None and grid[0] > 0 else None
+    if len(grids) != 1:
+        return None
+    scale, offset = grids.pop()
+    return (scale, offset) if scale > 0 else None
 
 
 def _write_int8(node: ir.Node, scale: float, offset: float) -> None:
