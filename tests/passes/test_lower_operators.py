@@ -12,6 +12,8 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.passes.bsl16_blocks import Bsl16BlocksPass
 from lsp_deploy.passes.canonical_blocks import CanonicalBlocksPass
 from lsp_deploy.passes.lower_operators import LowerOperatorsPass
+from lsp_deploy.plugins.attention.operator import Attention, to_node
+from lsp_deploy.plugins.attention.reference import attention
 from lsp_deploy.plugins.block_sparse.operator import from_node
 
 FORMS = ["matmul", "gather"]
@@ -165,6 +167,24 @@ def test_inner_nodes_and_shared_values():
     hidden = np.maximum(first.x @ first.weight + first.bias, 0)
     expected = np.maximum(hidden @ first.weight + first.bias, 0)
     np.testing.assert_allclose(run(model, x=first.x)["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_and_linear_layers_together():
+    """qkv is a block-sparse layer, and attention reads what it gives."""
+    one = case(K=32, N=96, outer=(2, 5), zeros=0.3)
+    model = one.model()
+    (qkv,) = model.graph
+    operator = Attention(num_heads=2, scale=0.25, packed_qkv=True)
+    node = to_node(operator, [qkv.outputs[0]], name="attention")
+    qkv.outputs[0].name, node.outputs[0].name = "qkv", "y"
+    model.graph.append(node)
+    model.graph.outputs[0] = node.outputs[0]
+    lowering = LowerOperatorsPass()
+    lowering(model)
+    assert lowering.lowered == {"BlockSparseLinear": 1, "Attention": 1}
+    assert all(value.dtype is not None and value.shape is not None for one in model.graph for value in one.outputs)
+    expected = attention(operator, one.expected())
+    np.testing.assert_allclose(run(model, x=one.x)["y"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_of_standard_operators_stays():
