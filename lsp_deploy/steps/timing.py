@@ -6,7 +6,6 @@ kept in the cache by shape, threads, CPU, ONNX Runtime and the operator's librar
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -123,9 +122,9 @@ def candidates(target: Target, *, bf16_is_typed: bool = False) -> tuple[str, ...
 
 def usable_isas(library: Path) -> list[str]:
     """Return the instruction sets that the operator's kernels may use here, best first; LSP_ISA caps them."""
-    names = ctypes.CDLL(str(library)).lsp_isas
-    names.restype = ctypes.c_char_p
-    isas: list[str] = names().decode().split()
+    from lsp_deploy.plugins import instruction_sets
+
+    isas = instruction_sets(library)
     cap = os.environ.get("LSP_ISA")
     return isas[isas.index(cap) :] if cap in isas else isas
 

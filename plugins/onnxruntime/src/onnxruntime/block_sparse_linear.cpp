@@ -66,8 +66,8 @@ struct BlockSparseLinear : CustomOp {
   static constexpr size_t kInputs = 5;
   static constexpr size_t kRequiredInputs = 4;
   // The attribute out_type says what y is. ONNX Runtime leaves an output's type to infer_shape only where it is
-  // undefined here, and lets it be undefined only where the output need not be there. (Releases before 1.23 or so do not
-  // take the type from infer_shape either, but from the graph's value_info.)
+  // undefined here, and lets it be undefined only where the output need not be there. (Releases before 1.20 take the type
+  // from the graph's value_info alone.)
   static constexpr Characteristic kOutput = kOptional;
 
   Runtime runtime;
