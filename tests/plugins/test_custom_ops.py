@@ -363,14 +363,15 @@ def test_many_threads_run_one_session(session):
 
 
 def test_sessions_of_any_number_of_threads_agree(session):
-    qkv = value("qkv", [2, 50, 96])
-    made = model([attention_node(Attention(2, 0.25, True), [qkv], name="attention")], [qkv])
-    feeds = {"qkv": np.random.default_rng(0).standard_normal((2, 50, 96)).astype(np.float32)}
+    random, x = np.random.default_rng(0), value("x", [2, 50, 64])
+    qkv, _ = linear(x, random.standard_normal((64, 96)).astype(np.float32), activation="gelu")
+    made = model([qkv, attention_node(Attention(2, 0.25, True), [qkv.outputs[0]], name="attention")], [x])
+    feeds = {"x": random.standard_normal((2, 50, 64)).astype(np.float32)}
     outputs = [session(made, threads=n, **entry).run(None, feeds)[0] for n, entry in (
         (1, {}), (2, {}), (3, {"lsp.threads": "3"}), (2, {"lsp.threads": "many"})
     )]  # fmt: skip
     for output in outputs[1:]:
-        assert_close(output, outputs[0], 1e-6)
+        np.testing.assert_array_equal(output, outputs[0])
 
 
 def test_lsp_isa_caps_the_instruction_set(session, kernels, monkeypatch):
