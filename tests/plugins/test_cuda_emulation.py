@@ -120,13 +120,19 @@ def test_activations_hold_over_their_whole_range(library: CudaLibrary, activatio
     np.testing.assert_allclose(y, expected(layer, ir.DataType.FLOAT), rtol=2**-11, atol=2e-6)
 
 
-def test_infinite_and_missing_numbers_pass_through(library: CudaLibrary) -> None:
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_infinite_and_missing_numbers_pass_through(library: CudaLibrary, activation: str) -> None:
     layer = make_layer(
-        5, (32, 32), (32, 32), density=1, values_type=FLOAT16, draw=small_integers, seed=0, out_type=FLOAT16
-    )
-    layer.bias[:3] = np.inf, -np.inf, np.nan
+        5, (32, 32), (32, 32), density=1, values_type=FLOAT16, draw=small_integers, seed=0, out_type=FLOAT16,
+        activation=activation,
+    )  # fmt: skip
+    layer.bias[0], layer.bias[1] = np.inf, -np.inf
+    layer.x[0] = np.nan
     with layer.plan(library) as plan:
-        np.testing.assert_array_equal(layer.emulate(plan, 0), expected(layer))
+        y = layer.emulate(plan, 0)
+    assert np.isnan(y[0]).all()
+    assert (y[1:, 0] == np.inf).all()
+    assert (y[1:, 1] == (-np.inf if activation == "none" else 0)).all()
 
 
 def test_clustering_lets_tiles_share_their_slices(library: CudaLibrary) -> None:

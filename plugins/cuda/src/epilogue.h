@@ -9,9 +9,9 @@ namespace lsp_cuda {
 enum Activation { NONE = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
 // x·Φ(x), by Abramowitz and Stegun 7.1.26 for erfc: its error, 1.5e-7, is far below what 16 bits hold. Written so that
-// nothing cancels for negative x.
+// nothing cancels for negative x, and infinity stays infinity.
 LSP_DEVICE float gelu(float x) {
-  const float z = (x < 0 ? -x : x) * 0.70710678f, t = divided(1.f, 1.f + 0.3275911f * z);
+  const float scaled = (x < 0 ? -x : x) * 0.70710678f, z = scaled > 10.f ? 10.f : scaled, t = divided(1.f, 1.f + 0.3275911f * z);
   const float erfc =
       ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t * exponential(-z * z);
   return (x > 0 ? x : 0.f) - z * 0.70710678f * erfc;
@@ -121,7 +121,7 @@ LSP_DEVICE void write_tile(const Arguments& a, const int32_t* groups, int row0,
   };
   if (a.activation == GELU) each_value([](float v) { return gelu(v); });
   if (a.activation == GELU_TANH) each_value([](float v) { return gelu_tanh(v); });
-  if (a.activation == RELU) each_value([](float v) { return v > 0 ? v : 0.f; });
+  if (a.activation == RELU) each_value([](float v) { return v < 0 ? 0.f : v; });
 
   // Four values at a time, so that no address lives longer than its store.
   const auto* residual = static_cast<const uint16_t*>(a.residual);
