@@ -36,6 +36,11 @@ class Rows:
     scale: float
     """What the part is multiplied with afterwards."""
 
+    @property
+    def rank(self) -> int:
+        """Return the rank of the value."""
+        return len(self.value.shape or ())
+
 
 @dataclass(frozen=True, eq=False)
 class Operand:

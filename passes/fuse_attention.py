@@ -100,21 +100,21 @@ class _Fusion:
 
     def _packed(self, width: int) -> list[Rows] | None:
         """Return the fused projection as it holds q, k and v; None if there is none."""
-        for q in self._found.q.sources:
+        for q in sorted(self._found.q.sources, key=lambda rows: rows.rank != 3):
             parts = [q]
             for operand, first in ((self._found.k, width), (self._found.v, 2 * width)):
                 parts += [rows for rows in operand.sources if rows.value is q.value and rows.first == first]
-            is_rank_3 = len(q.value.shape or ()) == 3
-            if len(parts) == 3 and q.first == 0 and q.columns == 3 * width and (is_rank_3 or self._found.tokens[0]):
+            usable = q.rank == 3 or self._found.tokens[0] is not None
+            if len(parts) == 3 and q.first == 0 and q.columns == 3 * width and usable:
                 return parts
         return None
 
     def _written(self, operand: Operand, tokens: int | None, width: int) -> tuple[ir.Value, float]:
         """Return q, k or v as [B, S, H·D], and what it has to be multiplied with."""
-        usable = [rows for rows in operand.sources if len(rows.value.shape or ()) == 3 or tokens is not None]
+        usable = [rows for rows in operand.sources if rows.rank == 3 or tokens is not None]
         if not usable:
             return self._transposed(operand), operand.scale
-        rows = min(usable, key=lambda rows: (len(rows.value.shape or ()) != 3, rows.columns != width))
+        rows = min(usable, key=lambda rows: (rows.rank != 3, rows.columns != width))
         value = self._as_rank_3(rows, tokens)
         if rows.columns != width:
             bounds = [np.array([bound]) for bound in (rows.first, rows.first + width, 2)]
@@ -137,7 +137,7 @@ class _Fusion:
         return self._reshaped(value, [0, 0, -1])
 
     def _as_rank_3(self, rows: Rows, tokens: int | None) -> ir.Value:
-        if len(rows.value.shape or ()) == 3:
+        if rows.rank == 3:
             return rows.value
         assert tokens is not None
         return self._reshaped(rows.value, [-1, tokens, rows.columns])

@@ -76,7 +76,7 @@ class View:
 
     def reshaped(self, sizes: Iterable[int]) -> View | None:
         """Return the view with other sizes, its entries in the same order; None if they are at no regular distances."""
-        left = [factor for axis in self.axes for factor in axis][::-1]
+        left = list(_merged(factor for axis in self.axes for factor in axis))[::-1]
         axes = []
         for size in sizes:
             axis = []
