@@ -8,7 +8,8 @@ A cell is a network, a batch and a number of threads. Its variants take turns in
 other programs took this process's CPUs are left out. What counts is how many times faster than ONNX Runtime's dense
 fp32 of the same run a variant is. A variant whose logits are too far from those of the dense fp32 model with the same
 zeros gets no figure. Each cell is appended to the results as soon as it is known, so that a run that was interrupted
-goes on; `--print` only prints what is there. OpenVINO and NNCF are used where they are installed.
+goes on; `--print` only prints what is there. OpenVINO and NNCF are used where they are installed. All variants of a
+cell are open at once: 12 GB for DeiT-B.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def parse() -> argparse.Namespace:
                         help="keeps exports and models of other quantizers [default: %(default)s]")  # fmt: skip
     parser.add_argument("--results", type=Path, help="file of JSON lines that cells are appended to")
     parser.add_argument("--print", action="store_true", help="print tables of the results, measure nothing")
-    parser.add_argument("--profile", metavar="VARIANT", help="print the time by operator of the variants of this name")
+    parser.add_argument(
+        "--profile", metavar="VARIANT", help="print the time by operator of variants, named by a pattern"
+    )
     parser.add_argument("--quick", action="store_true", help="DeiT-S, batch 1, all CPUs, few blocks: a smoke test")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -89,6 +92,8 @@ def parse() -> argparse.Namespace:
         parser.error("--results is needed")
     if arguments.block_seconds < 0.08:
         parser.error("--block-seconds: threads and caches need 0.08 to settle on a model")
+    if arguments.results is not None and not arguments.results.parent.is_dir():
+        parser.error(f"--results: there is no folder {arguments.results.parent}")
     arguments.folder.mkdir(exist_ok=True)
     return arguments
 
@@ -106,7 +111,8 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         with tempfile.TemporaryDirectory() as work:
             threads = len(available_cpus())
             network = Network(model, arguments.folder, Path(work), samples=arguments.samples, threads=threads)
-            chosen = matching(variants(network), arguments.only)
+            first, *others = variants(network)
+            chosen = [first, *matching(others, arguments.only)]
             for key in keys:
                 results.add({**key, **conditions(), "variants": measure_cell(network, chosen, key)})
 
@@ -144,9 +150,11 @@ def conditions() -> Cell:
 
 
 def matching(all_variants: Sequence[Variant], pattern: str) -> list[Variant]:
-    """Return the first variant and those whose name matches."""
-    first, *others = all_variants
-    return [first, *(variant for variant in others if fnmatch.fnmatch(variant.name, pattern))]
+    """Return the variants whose name matches; UserError if none does."""
+    found = [variant for variant in all_variants if fnmatch.fnmatch(variant.name, pattern)]
+    if not found:
+        raise UserError(f"no variant matches {pattern!r}; there are {'; '.join(each.name for each in all_variants)}")
+    return found
 
 
 def measure_cell(network: Network, chosen: Sequence[Variant], key: Cell) -> dict[str, Cell]:
@@ -190,9 +198,7 @@ def profile(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as work:
         cpus = len(available_cpus())
         network = Network(model[0], arguments.folder, Path(work), samples=arguments.samples, threads=cpus)
-        chosen = [variant for variant in variants(network) if fnmatch.fnmatch(variant.name, arguments.profile)]
-        if not chosen:
-            raise UserError(f"no variant is called {arguments.profile}")
+        chosen = matching(variants(network), arguments.profile)
         pixels = images(made_up(int(batch[0]), seed=1))
         for variant in chosen:
             print(f"\n{model[0]}, {variant.name}, batch {batch[0]}, {threads[-1]} threads\n")

@@ -57,8 +57,14 @@ def _by_operator(events: list[dict[str, Any]]) -> tuple[dict[str, float], dict[s
 
 
 def _operator(event: dict[str, Any]) -> str:
-    """Return the operator's name; products of two activations, which are attention's, are told from linear layers."""
+    """Return the operator's name: our linear layers with their sizes, products of two activations as attention's."""
     name: str = event["args"]["op_name"]
-    shapes = [shape for value in event["args"].get("input_type_shape", []) for shape in value.values()]
-    of_activations = name.endswith("MatMul") and len(shapes) >= 2 and len(shapes[1]) > 2
+    inputs, outputs = (_shapes(event, which) for which in ("input_type_shape", "output_type_shape"))
+    if name == "BlockSparseLinear":
+        return f"{name} {inputs[0][-1]} → {outputs[0][-1]}"
+    of_activations = name.endswith("MatMul") and len(inputs) >= 2 and len(inputs[1]) > 2
     return f"{name}, attention" if of_activations else name
+
+
+def _shapes(event: dict[str, Any], which: str) -> list[list[int]]:
+    return [shape for value in event["args"].get(which, []) for shape in value.values()]
