@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,12 +15,14 @@ from pass_models import plan  # noqa: E402
 
 from lsp_deploy.errors import UserError  # noqa: E402
 from lsp_deploy.hardware.cost_model import layer_cost  # noqa: E402
+from lsp_deploy.hardware.cpu_timings import CpuTimings, LayerTimes  # noqa: E402
 from lsp_deploy.hardware.target import load_target  # noqa: E402
-from lsp_deploy.plan import Plan  # noqa: E402
+from lsp_deploy.plan import ExecutionDecision, Plan  # noqa: E402
 from lsp_deploy.recipe import Recipe  # noqa: E402
 from lsp_deploy.search.block_curves import block_mask_of, block_sizes  # noqa: E402
 from lsp_deploy.search.measure import Measure, measure_of, planned_cost  # noqa: E402
 from lsp_deploy.steps.pruning import missed_budget  # noqa: E402
+from lsp_deploy.steps.timing import layer_shape  # noqa: E402
 
 LAYERS = digits_network(samples=2).layers
 
@@ -118,3 +122,53 @@ def test_a_plan_is_held_to_its_budget_with_the_element_types_as_decided(field: s
     assert missed_budget(plan_of("int8", 8), recipe, load_target("a100"), 0) is None
     missed = missed_budget(plan_of("fp32", 64), recipe, load_target("a100"), 0)
     assert missed is not None and f"--{field.replace('_', '-')}" in missed and "estimated" in missed
+
+
+CURVES = {"matmul fp32": {1.0: 100.0}, "block_sparse fp32": {1.0: 120.0, 0.5: 70.0, 0.1: 30.0}}
+TIMINGS = CpuTimings(2, {layer.name: LayerTimes(layer_shape(layer, (16, 16)), CURVES) for layer in LAYERS})
+
+
+def timed(**fields: object) -> tuple[Measure, float | None]:
+    recipe = Recipe.model_validate({"target": "cpu", **fields})
+    return measure_of(recipe, load_target("cpu"), {layer.name: "fp32" for layer in LAYERS}, 0, TIMINGS)
+
+
+def test_latency_on_a_cpu_is_what_was_measured() -> None:
+    measure, budget = timed(sparsity="block", block="16x16", max_latency_ms=0.5)
+    assert (measure.kind, measure.is_measured, budget) == ("latency_us", True, 500.0)
+    layer = next(one for one in LAYERS if one.role == "fc1")
+    costs = measure.of_blocks(layer, block_sizes(layer, (16, 16)))
+    assert costs[0] == measure.of_dense(layer) == 100.0, "dense, the engine's own MatMul is faster"
+    assert costs[len(costs) // 2] == pytest.approx(70.0)
+    assert costs[-1] == 30.0
+    assert (np.diff(costs) <= 0).all()
+    shared = replace(layer, M=3 * layer.M)  # a weight that three layers use
+    np.testing.assert_allclose(measure.of_blocks(shared, block_sizes(layer, (16, 16))), 3 * costs)
+    assert measure.times_key != timed(sparsity="block", flops=0.5)[0].times_key == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"sparsity": "auto"}, "latency_us"),
+        ({"sparsity": "auto", "allocator": "lsp"}, "flops"),
+        ({"sparsity": "auto", "flops": 0.5}, "flops"),
+        ({"sparsity": "block"}, "flops"),
+    ],
+)
+def test_zeros_that_auto_adds_are_to_save_time(fields: dict[str, object], kind: str) -> None:
+    assert timed(**fields)[0].kind == kind
+
+
+def test_a_latency_budget_on_a_cpu_is_checked_by_the_times_in_the_plan() -> None:
+    recipe = Recipe.model_validate({"target": "cpu", "sparsity": "block", "max_latency_ms": 0.5})
+    decided = plan(planned("a", 64, 64), planned("b", 64, 64))
+    for layer, time in zip(decided.layers, (300.0, 250.0), strict=True):
+        layer.execution = ExecutionDecision(kernel="block_sparse", times_us={"block_sparse fp32": time}, threads=2)
+    missed = missed_budget(decided, recipe, load_target("cpu"), 0)
+    assert missed is not None and "0.55 in its linear layers (measured" in missed and "estimated" not in missed
+    decided.layers[0].execution.times_us["block_sparse fp32"] = 200.0
+    assert missed_budget(decided, recipe, load_target("cpu"), 0) is None
+    decided.layers[0].execution.kernel = "engine"
+    with pytest.raises(UserError, match="does not say what a takes"):
+        missed_budget(decided, recipe, load_target("cpu"), 0)

@@ -16,6 +16,7 @@ from lsp_deploy.hardware.target import load_target
 from lsp_deploy.plugins import NativeLibrary, library
 from lsp_deploy.recipe import Recipe
 from lsp_deploy.steps import timing
+from lsp_deploy.steps.attention_candidates import attention_parts
 from lsp_deploy.steps.layer_candidates import candidate_model, layer_feeds
 from lsp_deploy.steps.preparation import PreparedModel, prepare
 from lsp_deploy.steps.timing import CpuLayerTimer, candidates, time_layers
@@ -156,3 +157,32 @@ def test_lsp_isa_caps_what_the_kernels_use(monkeypatch: pytest.MonkeyPatch) -> N
     assert timing.usable_isas(path)[-1] == "portable"
     monkeypatch.setenv("LSP_ISA", "portable")
     assert timing.usable_isas(path) == ["portable"]
+
+
+def test_the_forms_of_attention_compute_the_same(prepared: PreparedModel) -> None:
+    (part,) = attention_parts(prepared.canonical, prepared.shapes.opt, ["lsp fp32", "lsp bf16"])
+    assert part.count == 4
+    assert list(part.models) == ["exported fp32", "lsp fp32", "lsp bf16"]
+    results = {}
+    for name, model in part.models.items():
+        operators = [node for node in model.graph if node.domain == "lsp"]
+        assert len(operators) == (0 if name == "exported fp32" else 1)
+        with OnnxRuntimeEngine.from_model(model, threads=1) as engine:
+            (results[name],) = engine.run(part.feeds).values()
+    expected = results.pop("exported fp32")
+    assert expected.shape == (8, 17, 64)
+    for name, result in results.items():
+        assert np.abs(result - expected).max() <= (0.02 if name == "lsp bf16" else 1e-5) * np.abs(expected).max()
+
+
+def test_all_attention_of_a_network_is_timed_and_remembered(
+    prepared: PreparedModel, quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer = CpuLayerTimer(1, ("matmul fp32", "block_sparse fp32"))
+    monkeypatch.setattr(timing, "_times", lambda models, feeds, threads: dict.fromkeys(models, 7.0))
+    found = timer.attention(prepared.canonical, prepared.shapes.opt)
+    assert found == {"exported fp32": 28.0, "lsp fp32": 28.0}
+    monkeypatch.setattr(timing, "_times", lambda models, feeds, threads: dict.fromkeys(models, 9.0))
+    assert timer.attention(prepared.canonical, prepared.shapes.opt) == found
+    without = CpuLayerTimer(1, ("matmul fp32", "gather fp32"))
+    assert without.attention(prepared.canonical, prepared.shapes.opt) == {}

@@ -1,0 +1,87 @@
+"""Runs for this machine's CPU: what runs each layer, by made-up times (conftest), and what the report says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lsp_deploy.files import sha256_of
+from lsp_deploy.plan import Plan, load_plan
+from lsp_deploy.plugins import library
+
+INSIDE = ("qkv", "proj", "fc1", "fc2")
+
+pytestmark = pytest.mark.skipif(library().path is None, reason="the operator's library is not built")
+
+
+@pytest.fixture
+def compress(run, bare: Path):
+    def compress(*arguments: object, out: str = "out"):
+        data = ("--calibration-data", "calibration.npz", "--samples", "80")
+        return run("compress", bare.name, "--target", "cpu", *data, "--jobs", "1", "-o", out, *arguments)
+
+    return compress
+
+
+def inside(plan: Plan) -> set[tuple[str, str]]:
+    return {(one.execution.kernel, one.precision.dtype) for one in plan.layers if one.role in INSIDE}
+
+
+def report_of(folder: str = "out") -> dict[str, Any]:
+    return json.loads((Path(folder) / "report.json").read_text())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_typed_precision_runs_in_the_fastest_kernel_and_replays(compress, precision: str) -> None:
+    result = compress("--precision", precision, "--sparsity", "none")
+    assert result.code == 0, result.err
+    plan, report = load_plan(Path("out/plan.json")), report_of()
+    assert inside(plan) == {("block_sparse", precision)}
+    assert plan.compute_type == "fp32"
+    for layer in report["layers"]:
+        assert layer["engine"]["precision"] == layer["precision"]["dtype"], layer["name"]
+        assert layer["engine"]["matches_request"] is True
+        assert layer["time_ms"] > 0 and "measured" in layer["execution"]["reason"]
+        if layer["role"] in INSIDE:
+            assert layer["engine"]["kind"] == "BlockSparseLinear"
+    times = report["linear_time"]
+    assert 0 < times["compressed_ms"] < times["dense_ms"]
+    assert times["compressed_ms"] == pytest.approx(sum(layer["time_ms"] for layer in report["layers"]))
+    page = Path("out/report.html").read_text()
+    assert "Time of linear layers" in page and "What was chosen to run them" in page
+    again = compress("--plan", "out/plan.json", out="again")
+    assert again.code == 0, again.err
+    assert sha256_of(Path("out/model.onnx")) == sha256_of(Path("again/model.onnx"))
+    assert "timing" not in again.out, "a plan that is carried out is not timed again"
+
+
+def test_blocks_to_a_latency_that_was_measured(compress) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    assert compress("--precision", "fp32", "--sparsity", "none").code == 0
+    whole = report_of()["linear_time"]["compressed_ms"]
+    budget = f"{whole * 0.6:.6f}"
+    found = compress("--precision", "fp32", "--sparsity", "block", "--max-latency-ms", budget, out="sparse")
+    assert found.code == 0, found.err
+    assert report_of("sparse")["linear_time"]["compressed_ms"] <= whole * 0.6 * 1.005
+    assert not any("no engine gains" in warning for warning in report_of("sparse")["warnings"])
+
+
+def test_a_plan_that_cannot_run_so_is_refused(compress) -> None:
+    assert compress("--precision", "bf16", "--sparsity", "none", "--no-build").code == 0
+    path = Path("out/plan.json")
+    whole = json.loads(path.read_text())
+    for place, kernel, dtype, words in (
+        (1, "engine", "bf16", "bf16"),
+        (1, "qgemm", "fp32", "qgemm is for int8"),
+        (0, "block_sparse", "fp32", "convolution"),
+    ):
+        changed = json.loads(json.dumps(whole))
+        changed["layers"][place]["execution"]["kernel"] = kernel
+        changed["layers"][place]["precision"]["dtype"] = dtype
+        path.write_text(json.dumps(changed))
+        result = compress("--plan", path, out="again")
+        assert result.code == 2 and words in result.err
+        assert len(result.err.strip().splitlines()) == 1
