@@ -30,7 +30,7 @@ __all__ = ["WITHOUT_TWO_FOUR", "layer_rows"]
 WITHOUT_TWO_FOUR = frozenset({"onnxruntime", "tensorrt_rtx"})
 
 # What builders call a layer that multiplies.
-_MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected|linear", re.IGNORECASE)
+_MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected|blocksparselinear", re.IGNORECASE)
 # A layer that was cut into parts for the builder has nodes <name>/0, <name>/1, ...
 _PART = re.compile(r"/\d+$")
 

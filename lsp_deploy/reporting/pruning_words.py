@@ -26,7 +26,7 @@ _UNITS = {
 }
 _MEASURES = {
     "flops": "FLOPs of linear layers",
-    "latency_us": "estimated latency",
+    "latency_us": "latency of linear layers",
     "energy_uj": "estimated energy",
     "parameters": "parameters of linear layers",
     "bytes": "size of linear layers",

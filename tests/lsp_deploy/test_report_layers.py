@@ -6,10 +6,11 @@ import pytest
 from report_samples import sample_engine, sample_plan, sample_report
 
 from lsp_deploy.engines.protocol import EngineInfo, LayerRecord
-from lsp_deploy.plan import Plan
-from lsp_deploy.reporting.cards import as_asked_words
+from lsp_deploy.plan import ExecutionDecision, Plan
+from lsp_deploy.reporting.cards import as_asked_words, cards
+from lsp_deploy.reporting.execution_rows import linear_time, linear_time_words
 from lsp_deploy.reporting.layer_rows import layer_rows
-from lsp_deploy.reporting.reasons import engine_groups, precision_groups, sparsity_groups
+from lsp_deploy.reporting.reasons import engine_groups, execution_groups, precision_groups, sparsity_groups
 
 
 @pytest.fixture
@@ -144,3 +145,61 @@ def test_engine_groups_say_what_differs(plan: Plan) -> None:
     groups = engine_groups(layer_rows(plan, sample_engine(plan, other_precision=[plan.layers[1].name])))
     assert any("asked int8, the engine ran fp16 gemm" in group.reason for group in groups)
     assert any(group.outcome == "int8 gemm" and group.reason.startswith("as asked") for group in groups)
+
+
+def on_cpu(plan: Plan) -> Plan:
+    """The plan as it were one for the CPU: all layers timed, the operator runs those inside blocks."""
+    for layer in plan.layers:
+        inside = layer.block is not None
+        layer.precision.dtype = "int8" if inside else "fp32"
+        layer.execution = ExecutionDecision(
+            kernel="block_sparse" if inside else "engine",
+            times_us={"matmul fp32": 200.0, "block_sparse int8": 50.0},
+            threads=2,
+            reason=f"{'block_sparse int8: 50' if inside else 'matmul fp32: 200'} µs (measured, 2 threads)",
+        )
+    return plan
+
+
+def test_rows_say_what_runs_a_layer_and_what_it_takes(plan: Plan) -> None:
+    rows = layer_rows(on_cpu(plan), None)
+    assert rows[1].execution.kernel == "block_sparse" and rows[1].execution.threads == 2
+    assert rows[1].time_ms == 0.05 and rows[0].time_ms == 0.2
+    groups = {group.outcome: group for group in execution_groups(rows)}
+    assert groups["block_sparse int8"].reason == "50 µs (measured, 2 threads)"
+    assert len(groups["block_sparse int8"].layers) == 12
+    assert len(groups["engine fp32"].layers) == 2
+
+
+def test_the_times_of_all_layers_are_summed(plan: Plan) -> None:
+    times = linear_time(on_cpu(plan), batch=8)
+    assert times is not None
+    assert (times.dense_ms, times.compressed_ms) == pytest.approx((14 * 0.2, 12 * 0.05 + 2 * 0.2))
+    words = linear_time_words(times, layer_rows(plan, None))
+    assert words == (
+        "linear layers: 12 block_sparse int8, 2 engine fp32; 1.00 ms together, 2.80 ms as dense matmul fp32 "
+        "(measured, shape by shape, batch 8, 2 threads)"
+    )
+    (card,) = [card for card in cards(sample_report(plan, linear_time=times)) if card.title == "Time of linear layers"]
+    assert (card.value, card.basis) == ("1.00 ms", "measured")
+
+
+def test_without_all_times_there_is_no_sum(plan: Plan) -> None:
+    assert linear_time(plan, batch=8) is None
+    on_cpu(plan).layers[3].execution.times_us.pop("block_sparse int8")
+    assert linear_time(plan, batch=8) is None
+    assert layer_rows(plan, None)[3].time_ms is None
+
+
+def test_layers_that_were_not_timed_are_in_no_group(plan: Plan) -> None:
+    assert execution_groups(layer_rows(plan, None)) == []
+
+
+def test_the_operator_is_recognised_as_what_multiplies(plan: Plan) -> None:
+    name = plan.layers[1].name
+    records = [
+        LayerRecord(name="x", kind="QuantizeLinear", precision="fp32", onnx_nodes=[name]),
+        LayerRecord(name="y", kind="BlockSparseLinear", precision="int8", onnx_nodes=[name]),
+    ]
+    row = layer_rows(on_cpu(plan), info("onnxruntime", *records))[1]
+    assert (row.engine.kind, row.engine.precision, row.engine.matches_request) == ("BlockSparseLinear", "int8", True)
