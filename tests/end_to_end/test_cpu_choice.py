@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(library().path is None, reason="the operator's l
 @pytest.fixture
 def compress(run, bare: Path):
     def compress(*arguments: object, out: str = "out"):
-        data = ("--calibration-data", "calibration.npz", "--samples", "80")
+        data = ("--calibration-data", "calibration.npz")
         return run("compress", bare.name, "--target", "cpu", *data, "--jobs", "1", "-o", out, *arguments)
 
     return compress
