@@ -1,6 +1,7 @@
 // The kernels on the CPU: thread blocks one after the other, the threads of one block as coroutines.
 //
-// lsp_cuda_emulate is lsp_cuda_launch with the host's pointers and what a device decides: grid, m_chunk, the order of warps.
+// lsp_cuda_emulate is lsp_cuda_launch with the host's pointers and what a device decides: grid, m_chunk, the order of
+// warps.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -35,8 +36,8 @@ struct Thread {
   jmp_buf resume;
   bool started = false;
   Lane lane;
-  std::vector<Copy> copies;                  // not committed yet
-  std::vector<std::vector<Copy>> groups;     // committed, the oldest first
+  std::vector<Copy> copies;               // not committed yet
+  std::vector<std::vector<Copy>> groups;  // committed, the oldest first
   static constexpr size_t STACK = 64 << 10;
 };
 
@@ -149,12 +150,17 @@ class Machine {
 
   void operate(Thread* lanes) {
     for (int i = 1; i < 32; ++i)
-      if (lanes[i].lane.operation != lanes[0].lane.operation) throw std::runtime_error("the threads of a warp part ways");
+      if (lanes[i].lane.operation != lanes[0].lane.operation)
+        throw std::runtime_error("the threads of a warp part ways");
     switch (lanes[0].lane.operation) {
-      case Lane::LOAD_MATRICES: return load_matrices(lanes);
-      case Lane::MULTIPLY_FLOAT16: return multiply<float, 2>(lanes, [](const uint8_t* e) { return widened(Float16(), bits(e)); });
-      case Lane::MULTIPLY_BFLOAT16: return multiply<float, 2>(lanes, [](const uint8_t* e) { return widened(BFloat16(), bits(e)); });
-      case Lane::MULTIPLY_INT8: return multiply<int32_t, 1>(lanes, [](const uint8_t* e) { return static_cast<int8_t>(*e); });
+      case Lane::LOAD_MATRICES:
+        return load_matrices(lanes);
+      case Lane::MULTIPLY_FLOAT16:
+        return multiply<float, 2>(lanes, [](const uint8_t* e) { return widened(Float16(), bits(e)); });
+      case Lane::MULTIPLY_BFLOAT16:
+        return multiply<float, 2>(lanes, [](const uint8_t* e) { return widened(BFloat16(), bits(e)); });
+      case Lane::MULTIPLY_INT8:
+        return multiply<int32_t, 1>(lanes, [](const uint8_t* e) { return static_cast<int8_t>(*e); });
     }
   }
   static uint16_t bits(const uint8_t* e) { return static_cast<uint16_t>(e[0] | e[1] << 8); }
@@ -167,10 +173,11 @@ class Machine {
                     shared(lanes[matrix * 8 + lane / 4].lane.address, 16) + lane % 4 * 4, 4);
   }
 
-  // mma.sync.m16n8: 32 bytes of K. A lane, with g = lane / 4 and q = lane % 4, holds of A rows g and g + 8 (registers 0, 1) at
-  // bytes 4·q…, and the same 16 bytes later (2, 3); of B column g at bytes 4·q… and 16 bytes later; of C rows g and
-  // g + 8, columns 2·q and 2·q + 1.
-  template <class C, int BYTES, class Element> void multiply(Thread* lanes, Element element) {
+  // mma.sync.m16n8: 32 bytes of K. A lane, with g = lane / 4 and q = lane % 4, holds of A rows g and g + 8 (registers
+  // 0, 1) at bytes 4·q…, and the same 16 bytes later (2, 3); of B column g at bytes 4·q… and 16 bytes later; of C rows
+  // g and g + 8, columns 2·q and 2·q + 1.
+  template <class C, int BYTES, class Element>
+  void multiply(Thread* lanes, Element element) {
     uint8_t a[16][32], b[8][32];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, q = lane % 4;
@@ -195,7 +202,9 @@ class Machine {
   bool is_readable(const Copy& copy) const {
     for (const Range& range : readable_) {
       const auto offset = static_cast<const uint8_t*>(copy.from) - static_cast<const uint8_t*>(range.from);
-      if (offset >= 0 && offset + copy.bytes <= range.bytes && reinterpret_cast<uintptr_t>(copy.from) % CHUNK_BYTES == 0) return true;
+      if (offset >= 0 && offset + copy.bytes <= range.bytes &&
+          reinterpret_cast<uintptr_t>(copy.from) % CHUNK_BYTES == 0)
+        return true;
     }
     return false;
   }
@@ -234,14 +243,15 @@ void copy_async_wait(int pending) { machine->wait(pending); }
 
 using namespace lsp_cuda;
 
-extern "C" const char* lsp_cuda_emulate(const lsp_cuda_plan* plan, int tactic, int64_t M, const void* x, const void* values,
-                                        const float* bias, const float* scale, const void* residual, void* y, const void* table,
-                                        int grid, int m_chunk, unsigned seed) {
+extern "C" const char* lsp_cuda_emulate(const lsp_cuda_plan* plan, int tactic, int64_t M, const void* x,
+                                        const void* values, const float* bias, const float* scale, const void* residual,
+                                        void* y, const void* table, int grid, int m_chunk, unsigned seed) {
   return reported([&] {
     const Table& of = plan->tactic(tactic);
     Arguments arguments = plan->arguments(of, {M, x, values, bias, scale, residual, y, table});
     arguments.m_chunk = m_chunk;
-    Machine emulated(of.kernel, arguments, {{x, M * arguments.k_bytes}, {values, plan->sub_blocks * SUB_BLOCK_BYTES}}, grid, seed);
+    Machine emulated(of.kernel, arguments, {{x, M * arguments.k_bytes}, {values, plan->sub_blocks * SUB_BLOCK_BYTES}},
+                     grid, seed);
     machine = &emulated;
     emulated.run();
   });

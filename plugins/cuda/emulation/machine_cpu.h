@@ -1,6 +1,7 @@
-// The machine is this CPU: src/machine_ptx.h on threads that take turns, for tests without a GPU. Made to find mistakes:
-// copies land as late as the waits allow, their target holds garbage until then, warps run as far apart as the barriers
-// allow, in random order, and the fragments of ldmatrix and mma.sync are laid out here anew, from the PTX manual.
+// The machine is this CPU: src/machine_ptx.h on threads that take turns, for tests without a GPU. Made to find
+// mistakes: copies land as late as the waits allow, their target holds garbage until then, warps run as far apart as
+// the barriers allow, in random order, and the fragments of ldmatrix and mma.sync are laid out here anew, from the PTX
+// manual.
 #pragma once
 
 #include <algorithm>
@@ -18,10 +19,10 @@ namespace lsp_cuda {
 // What a lane brings to an operation of its whole warp.
 struct Lane {
   enum Operation { LOAD_MATRICES, MULTIPLY_FLOAT16, MULTIPLY_BFLOAT16, MULTIPLY_INT8 } operation;
-  uint32_t address;             // of load_matrices
+  uint32_t address;  // of load_matrices
   const uint32_t* a;
   uint32_t b[2];
-  void* result;                 // four words
+  void* result;  // four words
 };
 
 // Implemented by the scheduler in emulate.cpp, for the thread that runs.
@@ -34,10 +35,16 @@ uint8_t* shared(uint32_t address, int bytes);
 void copy_async(uint32_t to, const void* from, int bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
-template <int PENDING> void copy_async_wait() { copy_async_wait(PENDING); }
+template <int PENDING>
+void copy_async_wait() {
+  copy_async_wait(PENDING);
+}
 
 inline uint32_t shared_memory() { return 0; }
-template <class V> V load(const V* from) { return *from; }
+template <class V>
+V load(const V* from) {
+  return *from;
+}
 
 inline void store_shared(uint32_t to, uint32_t v) { std::memcpy(shared(to, 4), &v, 4); }
 inline void store_shared(uint32_t to, const uint32_t (&v)[4]) { std::memcpy(shared(to, 16), v, 16); }
@@ -59,7 +66,8 @@ inline void multiply_add(Int8, int32_t (&c)[4], const uint32_t (&a)[4], uint32_t
   with_warp({Lane::MULTIPLY_INT8, 0, a, {b0, b1}, c});
 }
 
-template <class To, class From> To bits_as(From from) {
+template <class To, class From>
+To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));
@@ -96,7 +104,8 @@ inline float widened(Float16, uint16_t v) {
   if (exponent == 31) return fraction ? NAN : sign * INFINITY;
   return sign * (exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24));
 }
-template <class H> uint32_t narrowed(H, float low, float high) {
+template <class H>
+uint32_t narrowed(H, float low, float high) {
   return half_bits(H(), low) | static_cast<uint32_t>(half_bits(H(), high)) << 16;
 }
 

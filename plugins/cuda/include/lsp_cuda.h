@@ -14,18 +14,25 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-typedef enum { LSP_CUDA_NO_TYPE = 0, LSP_CUDA_INT8 = 3, LSP_CUDA_FLOAT16 = 10, LSP_CUDA_BFLOAT16 = 16 } lsp_cuda_type; /* ONNX's numbers */
+typedef enum {
+  LSP_CUDA_NO_TYPE = 0,
+  LSP_CUDA_INT8 = 3,
+  LSP_CUDA_FLOAT16 = 10,
+  LSP_CUDA_BFLOAT16 = 16
+} lsp_cuda_type; /* ONNX's numbers */
 typedef enum { LSP_CUDA_NONE = 0, LSP_CUDA_GELU = 1, LSP_CUDA_GELU_TANH = 2, LSP_CUDA_RELU = 3 } lsp_cuda_activation;
 
 typedef struct {
-  int64_t K, N, block_k, block_n;           /* K and N up to 262144; block_k and block_n 16, 32 or 64 */
-  const int64_t* col_ptr; size_t col_ptr_count;  /* ceil(N / block_n) + 1 */
-  const int64_t* k_idx; size_t k_idx_count;      /* surviving blocks, ascending in each block column */
-  lsp_cuda_type values_type;                /* of values and x */
+  int64_t K, N, block_k, block_n; /* K and N up to 262144; block_k and block_n 16, 32 or 64 */
+  const int64_t* col_ptr;
+  size_t col_ptr_count; /* ceil(N / block_n) + 1 */
+  const int64_t* k_idx;
+  size_t k_idx_count;        /* surviving blocks, ascending in each block column */
+  lsp_cuda_type values_type; /* of values and x */
   lsp_cuda_activation activation;
-  lsp_cuda_type out_type;                   /* values_type or int8; for int8 values: float16, bfloat16 or int8 */
-  float out_scale, out_offset;              /* int8 y: clip(rint((y - out_offset) * (1 / out_scale))) */
-  lsp_cuda_type residual_type;              /* float16 or bfloat16, for float values theirs; LSP_CUDA_NO_TYPE: no residual */
+  lsp_cuda_type out_type;      /* values_type or int8; for int8 values: float16, bfloat16 or int8 */
+  float out_scale, out_offset; /* int8 y: clip(rint((y - out_offset) * (1 / out_scale))) */
+  lsp_cuda_type residual_type; /* float16 or bfloat16, for float values theirs; LSP_CUDA_NO_TYPE: no residual */
 } lsp_cuda_desc;
 typedef struct lsp_cuda_plan lsp_cuda_plan;
 
@@ -52,8 +59,9 @@ const void* lsp_cuda_table(const lsp_cuda_plan*, int tactic, size_t* bytes);
  * are float32 [N], aligned to 16 bytes; scale is read for int8 values only, residual (which
  * may be y) where the plan has one.
  * stream is a cudaStream_t. May be captured into a CUDA graph once the tactic has run on the device. */
-const char* lsp_cuda_launch(const lsp_cuda_plan*, int tactic, int64_t M, const void* x, const void* values, const float* bias,
-                            const float* scale, const void* residual, void* y, const void* table, void* stream);
+const char* lsp_cuda_launch(const lsp_cuda_plan*, int tactic, int64_t M, const void* x, const void* values,
+                            const float* bias, const float* scale, const void* residual, void* y, const void* table,
+                            void* stream);
 #ifdef __cplusplus
 }
 #endif

@@ -11,9 +11,10 @@ enum Activation { NONE = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 // x·Φ(x), by Abramowitz and Stegun 7.1.26 for erfc: its error, 1.5e-7, is far below what 16 bits hold. Written so that
 // nothing cancels for negative x, and infinity stays infinity.
 LSP_DEVICE float gelu(float x) {
-  const float scaled = (x < 0 ? -x : x) * 0.70710678f, z = scaled > 10.f ? 10.f : scaled, t = divided(1.f, 1.f + 0.3275911f * z);
-  const float erfc =
-      ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t * exponential(-z * z);
+  const float scaled = (x < 0 ? -x : x) * 0.70710678f, z = scaled > 10.f ? 10.f : scaled,
+              t = divided(1.f, 1.f + 0.3275911f * z);
+  const float erfc = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) *
+                     t * exponential(-z * z);
   return (x > 0 ? x : 0.f) - z * 0.70710678f * erfc;
 }
 
@@ -36,7 +37,8 @@ struct alignas(8) Half4 {
 };
 
 // Reads four consecutive floats; in ragged rows, those that are there.
-template <bool RAGGED> LSP_DEVICE Float4 load_floats(const float* from, int count) {
+template <bool RAGGED>
+LSP_DEVICE Float4 load_floats(const float* from, int count) {
   if constexpr (!RAGGED) return *reinterpret_cast<const Float4*>(from);
   Float4 out = {};
 #pragma unroll
@@ -45,7 +47,8 @@ template <bool RAGGED> LSP_DEVICE Float4 load_floats(const float* from, int coun
   return out;
 }
 
-template <bool RAGGED, class R> LSP_DEVICE void add_residual(R, float (&y)[4], const uint16_t* from, int count) {
+template <bool RAGGED, class R>
+LSP_DEVICE void add_residual(R, float (&y)[4], const uint16_t* from, int count) {
   if constexpr (RAGGED) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -57,7 +60,8 @@ template <bool RAGGED, class R> LSP_DEVICE void add_residual(R, float (&y)[4], c
   }
 }
 
-template <bool RAGGED, class O> LSP_DEVICE void store_halves(O, const float (&y)[4], uint16_t* to, int count) {
+template <bool RAGGED, class O>
+LSP_DEVICE void store_halves(O, const float (&y)[4], uint16_t* to, int count) {
   const Half4 four = {{narrowed(O(), y[0], y[1]), narrowed(O(), y[2], y[3])}};
   if constexpr (RAGGED) {
 #pragma unroll
@@ -68,7 +72,8 @@ template <bool RAGGED, class O> LSP_DEVICE void store_halves(O, const float (&y)
   }
 }
 
-template <bool RAGGED> LSP_DEVICE void store_int8(const float (&y)[4], int8_t* to, int count, float reciprocal, float offset) {
+template <bool RAGGED>
+LSP_DEVICE void store_int8(const float (&y)[4], int8_t* to, int count, float reciprocal, float offset) {
   uint32_t four = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) four |= (static_cast<uint32_t>(quantized(y[i], reciprocal, offset)) & 255) << i * 8;
@@ -86,7 +91,8 @@ template <class Tile>
 LSP_DEVICE void write_tile(const Arguments& a, const int32_t* groups, int row0,
                            const typename Tile::Accumulator (&sums)[Tile::M_TILES][2 * Tile::WARP_GROUPS][4]) {
   constexpr int M_TILES = Tile::M_TILES, GROUPS = Tile::WARP_GROUPS;
-  constexpr bool RAGGED = Tile::RAGGED, FLOAT16 = Tile::T::TYPE != BFloat16::TYPE, BFLOAT16 = Tile::T::TYPE != Float16::TYPE;
+  constexpr bool RAGGED = Tile::RAGGED, FLOAT16 = Tile::T::TYPE != BFloat16::TYPE,
+                 BFLOAT16 = Tile::T::TYPE != Float16::TYPE;
   const int lane = thread() % 32;
   float y[M_TILES][GROUPS][2][4];
   int columns[GROUPS];
@@ -127,14 +133,17 @@ LSP_DEVICE void write_tile(const Arguments& a, const int32_t* groups, int row0,
   const auto* residual = static_cast<const uint16_t*>(a.residual);
 #pragma unroll
   for (int i = 0; i < M_TILES * GROUPS * 2; ++i) {
-    const int g = i / 2 % GROUPS, row = row0 + i / 2 / GROUPS * 16 + accumulator_row(lane, i % 2), count = a.N - columns[g];
+    const int g = i / 2 % GROUPS, row = row0 + i / 2 / GROUPS * 16 + accumulator_row(lane, i % 2),
+              count = a.N - columns[g];
     if (row >= a.M || count <= 0) continue;
-    float(&four)[4] = y[i / 2 / GROUPS][g][i % 2];
+    float (&four)[4] = y[i / 2 / GROUPS][g][i % 2];
     const int64_t at = static_cast<int64_t>(row) * a.N + columns[g];
     if (FLOAT16 && a.residual_type == Float16::TYPE) add_residual<RAGGED>(Float16(), four, residual + at, count);
     if (BFLOAT16 && a.residual_type == BFloat16::TYPE) add_residual<RAGGED>(BFloat16(), four, residual + at, count);
-    if (FLOAT16 && a.out_type == Float16::TYPE) store_halves<RAGGED>(Float16(), four, static_cast<uint16_t*>(a.y) + at, count);
-    if (BFLOAT16 && a.out_type == BFloat16::TYPE) store_halves<RAGGED>(BFloat16(), four, static_cast<uint16_t*>(a.y) + at, count);
+    if (FLOAT16 && a.out_type == Float16::TYPE)
+      store_halves<RAGGED>(Float16(), four, static_cast<uint16_t*>(a.y) + at, count);
+    if (BFLOAT16 && a.out_type == BFloat16::TYPE)
+      store_halves<RAGGED>(BFloat16(), four, static_cast<uint16_t*>(a.y) + at, count);
     if (a.out_type == Int8::TYPE)
       store_int8<RAGGED>(four, static_cast<int8_t*>(a.y) + at, count, a.out_reciprocal, a.out_offset);
   }

@@ -1,5 +1,5 @@
-// The kernel: a persistent thread block walks over tiles of y. Its copies run STAGES - 1 steps ahead of its arithmetic, also
-// from one tile into the next, so that short columns do not wait for memory.
+// The kernel: a persistent thread block walks over tiles of y. Its copies run STAGES - 1 steps ahead of its arithmetic,
+// also from one tile into the next, so that short columns do not wait for memory.
 #pragma once
 
 #include "epilogue.h"
@@ -8,7 +8,8 @@
 namespace lsp_cuda {
 
 // Which warp of the tile this is, along each dimension.
-template <class Tile> struct Warp {
+template <class Tile>
+struct Warp {
   int m, n, k;
   LSP_DEVICE Warp() {
     const int warp = thread() / 32;
@@ -23,7 +24,8 @@ struct Place {
 };
 
 // Tiles are numbered by chunks of rows, then column tiles (the table has them by falling work), then rows.
-template <class Tile> LSP_DEVICE Place place_of(const Arguments& a, int tile) {
+template <class Tile>
+LSP_DEVICE Place place_of(const Arguments& a, int tile) {
   const int chunk = tile / (a.m_chunk * a.n_tiles), first = chunk * a.m_chunk;
   const int rows = a.m_tiles - first < a.m_chunk ? a.m_tiles - first : a.m_chunk;
   const int within = tile - first * a.n_tiles;
@@ -31,9 +33,14 @@ template <class Tile> LSP_DEVICE Place place_of(const Arguments& a, int tile) {
 }
 
 // Fills the ring, one step a call, through all tiles of this thread block.
-template <class Tile> class Loader {
+template <class Tile>
+class Loader {
  public:
-  LSP_DEVICE Loader(const Arguments& a, uint32_t ring) : a_(a), ring_(ring), tile_(block()) { begin_tile(); }
+  LSP_DEVICE Loader(const Arguments& a, uint32_t ring) : a_(a), ring_(ring), tile_(block()) {
+    const int row = thread() / Tile::CHUNKS, chunk = thread() % Tile::CHUNKS;
+    chunk_at_ = row * Tile::K_BYTES + swizzled<Tile::CHUNKS>(row, chunk) * CHUNK_BYTES;
+    begin_tile();
+  }
 
   // Starts the copies of the next step, if there is one. Each call is one commit, so that waits can count.
   LSP_DEVICE void issue() {
@@ -53,7 +60,8 @@ template <class Tile> class Loader {
     if (tile_ >= a_.m_tiles * a_.n_tiles) return;
     const Place place = place_of<Tile>(a_, tile_);
     const Span span = a_.spans[place.n_tile];
-    row_ = place.row;
+    row_ = place.row + thread() / Tile::CHUNKS;
+    x_ = a_.x + static_cast<int64_t>(row_) * a_.k_bytes;
     step_ = span.first;
     last_ = span.last;
     fetch();
@@ -76,22 +84,21 @@ template <class Tile> class Loader {
     for (int i = 0; i < Tile::SUB_BLOCKS_A_WARP; ++i) sub_blocks_[i] = load(sub_blocks + i * Tile::WARPS);
   }
 
-  // Each thread copies one chunk of several rows. Rows and bytes beyond x become zeros.
+  // Each thread copies one chunk of several rows. Rows and bytes beyond x become zeros: nothing is read for them.
   LSP_DEVICE void copy_x() {
     if (mask_of(word_) == 0) return;  // fills up the last step: no warp looks at it
-    const int chunk = thread() % Tile::CHUNKS, first = thread() / Tile::CHUNKS;
-    const int k = static_cast<int>(slice_of(word_)) * SLICE_BYTES + chunk % 2 * CHUNK_BYTES;
-    const uint32_t stage = ring_ + stage_ * Tile::STAGE_BYTES;
+    const int k = static_cast<int>(slice_of(word_)) * SLICE_BYTES + thread() % 2 * CHUNK_BYTES;
+    const uint8_t* from = x_ + k;
+    const uint32_t to = ring_ + stage_ * Tile::STAGE_BYTES + chunk_at_;
 #pragma unroll
     for (int i = 0; i < Tile::PASSES; ++i) {
-      const int row = first + i * Tile::ROWS_A_PASS;
-      const uint32_t to = stage + row * Tile::K_BYTES + swizzled<Tile::CHUNKS>(row, chunk) * CHUNK_BYTES;
-      const bool inside = row_ + row < a_.M && k < a_.k_bytes;
-      const uint8_t* from = a_.x + (inside ? static_cast<int64_t>(row_ + row) * a_.k_bytes + k : 0);
+      const bool inside = row_ + i * Tile::ROWS_A_PASS < a_.M && k < a_.k_bytes;
+      const uint32_t to_row = to + i * Tile::ROWS_A_PASS * Tile::K_BYTES;
       if constexpr (Tile::RAGGED)
-        copy_ragged(to, from, inside ? a_.k_bytes - k : 0);
+        copy_ragged(to_row, from, inside ? a_.k_bytes - k : 0);
       else
-        copy_async(to, from, inside ? CHUNK_BYTES : 0);
+        copy_async(to_row, from, inside ? CHUNK_BYTES : 0);
+      from += static_cast<int64_t>(Tile::ROWS_A_PASS) * a_.k_bytes;
     }
   }
 
@@ -119,28 +126,36 @@ template <class Tile> class Loader {
     for (int i = 0; i < Tile::SUB_BLOCKS_A_WARP; ++i)
       if (sub_blocks_[i] >= 0)
         copy_async(stage + (warp + i * Tile::WARPS) * SUB_BLOCK_BYTES,
-                   a_.values + static_cast<int64_t>(sub_blocks_[i]) * SUB_BLOCK_BYTES + lane * CHUNK_BYTES, CHUNK_BYTES);
+                   a_.values + static_cast<int64_t>(sub_blocks_[i]) * SUB_BLOCK_BYTES + lane * CHUNK_BYTES,
+                   CHUNK_BYTES);
   }
 
   const Arguments& a_;
   const uint32_t ring_;
-  int tile_, row_, step_, last_, stage_ = 0;
-  uint32_t word_;                                 // this thread's slice of the next step
-  int32_t sub_blocks_[Tile::SUB_BLOCKS_A_WARP];   // this warp's
+  uint32_t chunk_at_;  // where this thread's first chunk is in a stage
+  int tile_, step_, last_, stage_ = 0;
+  int row_;                                      // this thread's first row of the tile
+  const uint8_t* x_;                             // its bytes
+  uint32_t word_;                                // this thread's slice of the next step
+  int32_t sub_blocks_[Tile::SUB_BLOCKS_A_WARP];  // this warp's
 };
 
 // Adds one step, slice by slice. A group is skipped where its sub-block is not there: arithmetic is done for surviving
 // sub-blocks only, though x was loaded for all groups of the tile together.
 template <class Tile>
-LSP_DEVICE void multiply_step(typename Tile::Accumulator (&sums)[Tile::M_TILES][2 * Tile::WARP_GROUPS][4], const Warp<Tile>& warp,
-                              uint32_t stage, uint32_t masks) {
+LSP_DEVICE void multiply_step(typename Tile::Accumulator (&sums)[Tile::M_TILES][2 * Tile::WARP_GROUPS][4],
+                              const Warp<Tile>& warp, uint32_t stage, uint32_t masks) {
   constexpr uint32_t ALL = (1u << Tile::WARP_GROUPS) - 1;
   using T = typename Tile::T;
+  constexpr int SLICES = Tile::SLICES / Tile::WARPS_K;  // this warp's
   const int lane = thread() % 32;
+  uint32_t present[SLICES];
 #pragma unroll
-  for (int i = 0; i < Tile::SLICES / Tile::WARPS_K; ++i) {
+  for (int i = 0; i < SLICES; ++i) present[i] = load_shared(masks + (i * Tile::WARPS_K + warp.k) * 4);
+#pragma unroll
+  for (int i = 0; i < SLICES; ++i) {
     const int slice = i * Tile::WARPS_K + warp.k;
-    const uint32_t mask = load_shared(masks + slice * 4) >> warp.n * Tile::WARP_GROUPS & ALL;
+    const uint32_t mask = present[i] >> warp.n * Tile::WARP_GROUPS & ALL;
     if (mask == 0) continue;
     uint32_t x[Tile::M_TILES][4];
 #pragma unroll
@@ -149,9 +164,9 @@ LSP_DEVICE void multiply_step(typename Tile::Accumulator (&sums)[Tile::M_TILES][
       const int place = swizzled<Tile::CHUNKS>(row, slice * 2 + fragment_chunk(lane));
       load_matrices(x[m], stage + row * Tile::K_BYTES + place * CHUNK_BYTES);
     }
-    const uint32_t weights =
-        stage + Tile::X_BYTES + (slice * Tile::GROUPS + warp.n * Tile::WARP_GROUPS) * SUB_BLOCK_BYTES + lane * CHUNK_BYTES;
-    const auto multiply = [&](int group, const uint32_t(&w)[4]) {
+    const uint32_t weights = stage + Tile::X_BYTES +
+                             (slice * Tile::GROUPS + warp.n * Tile::WARP_GROUPS) * SUB_BLOCK_BYTES + lane * CHUNK_BYTES;
+    const auto multiply = [&](int group, const uint32_t (&w)[4]) {
 #pragma unroll
       for (int m = 0; m < Tile::M_TILES; ++m) {
         multiply_add(T(), sums[m][2 * group], x[m], w[0], w[1]);
@@ -179,8 +194,8 @@ LSP_DEVICE void multiply_step(typename Tile::Accumulator (&sums)[Tile::M_TILES][
 // Warps that shared the slices of the same outputs: the first adds what the others bring through shared memory. The
 // barriers of the next tile's steps keep this memory until it has been read.
 template <class Tile>
-LSP_DEVICE void add_partial_sums(typename Tile::Accumulator (&sums)[Tile::M_TILES][2 * Tile::WARP_GROUPS][4], const Warp<Tile>& warp,
-                                 uint32_t partial) {
+LSP_DEVICE void add_partial_sums(typename Tile::Accumulator (&sums)[Tile::M_TILES][2 * Tile::WARP_GROUPS][4],
+                                 const Warp<Tile>& warp, uint32_t partial) {
   constexpr int OUTPUTS = Tile::WARPS_M * Tile::WARPS_N, BYTES = Tile::ACCUMULATORS * 128;
   const uint32_t mine = partial + (warp.n * Tile::WARPS_M + warp.m) * BYTES + thread() % 32 * 4;
   const auto each = [&](auto&& action) {
@@ -197,7 +212,9 @@ LSP_DEVICE void add_partial_sums(typename Tile::Accumulator (&sums)[Tile::M_TILE
     each([&](auto& sum, uint32_t at) { add_bits(sum, load_shared(at + (k - 1) * OUTPUTS * BYTES)); });
 }
 
-template <class Tile> LSP_KERNEL(Tile::THREADS, Tile::BLOCKS) block_sparse_linear(LSP_ARGUMENTS(a)) {
+template <class Tile>
+LSP_KERNEL(Tile::THREADS, Tile::BLOCKS)
+block_sparse_linear(LSP_ARGUMENTS(a)) {
   const uint32_t ring = shared_memory();
   const Warp<Tile> warp;
   Loader<Tile> loader(a, ring);
@@ -213,12 +230,14 @@ template <class Tile> LSP_KERNEL(Tile::THREADS, Tile::BLOCKS) block_sparse_linea
       copy_async_wait<Tile::STAGES - 2>();
       barrier();  // all copies of this step have landed, and nobody reads the stage that is filled next
       loader.issue();
-      multiply_step<Tile>(sums, warp, ring + stage * Tile::STAGE_BYTES, ring + Tile::MASKS_AT + stage * Tile::SLICES * 4);
+      multiply_step<Tile>(sums, warp, ring + stage * Tile::STAGE_BYTES,
+                          ring + Tile::MASKS_AT + stage * Tile::SLICES * 4);
       stage = stage + 1 == Tile::STAGES ? 0 : stage + 1;
     }
     if constexpr (Tile::WARPS_K > 1) add_partial_sums<Tile>(sums, warp, ring + Tile::PARTIAL_AT);
     if (warp.k == 0)
-      write_tile<Tile>(a, a.groups + place.n_tile * Tile::GROUPS + warp.n * Tile::WARP_GROUPS, place.row + warp.m * Tile::WARP_M, sums);
+      write_tile<Tile>(a, a.groups + place.n_tile * Tile::GROUPS + warp.n * Tile::WARP_GROUPS,
+                       place.row + warp.m * Tile::WARP_M, sums);
   }
   copy_async_wait<0>();
 }

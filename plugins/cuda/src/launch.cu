@@ -17,7 +17,7 @@ void require(cudaError_t error) {
 
 // What one device can do with one kernel.
 struct Resident {
-  int blocks;    // thread blocks that run at once
+  int blocks;  // thread blocks that run at once
   int l2_bytes;
 };
 
@@ -47,7 +47,8 @@ Resident known_resident(const Kernel& kernel) {
 // Row tiles whose part of x takes half the L2 cache, while all column tiles pass over them; but enough tiles for all
 // thread blocks, a few times over.
 int chunk_of(const Arguments& a, const Kernel& kernel, const Resident& can) {
-  const int64_t cached = can.l2_bytes / 2 / (int64_t{kernel.M} * a.k_bytes), busy = 4 * int64_t{can.blocks} / a.n_tiles + 1;
+  const int64_t cached = can.l2_bytes / 2 / (int64_t{kernel.M} * a.k_bytes),
+                busy = 4 * int64_t{can.blocks} / a.n_tiles + 1;
   return static_cast<int>(std::min<int64_t>(std::max(cached, busy), a.m_tiles));
 }
 
@@ -56,8 +57,9 @@ int chunk_of(const Arguments& a, const Kernel& kernel, const Resident& can) {
 
 using namespace lsp_cuda;
 
-const char* lsp_cuda_launch(const lsp_cuda_plan* plan, int tactic, int64_t M, const void* x, const void* values, const float* bias,
-                            const float* scale, const void* residual, void* y, const void* table, void* stream) {
+const char* lsp_cuda_launch(const lsp_cuda_plan* plan, int tactic, int64_t M, const void* x, const void* values,
+                            const float* bias, const float* scale, const void* residual, void* y, const void* table,
+                            void* stream) {
   return reported([&] {
     const Table& of = plan->tactic(tactic);
     Arguments a = plan->arguments(of, {M, x, values, bias, scale, residual, y, table});
@@ -65,7 +67,7 @@ const char* lsp_cuda_launch(const lsp_cuda_plan* plan, int tactic, int64_t M, co
     a.m_chunk = chunk_of(a, of.kernel, can);
     const int grid = std::min(can.blocks, a.m_tiles * a.n_tiles);
     void* arguments[] = {&a};
-    require(cudaLaunchKernel(reinterpret_cast<const void*>(of.kernel.function), dim3(grid), dim3(of.kernel.threads), arguments,
-                             of.kernel.shared_bytes, static_cast<cudaStream_t>(stream)));
+    require(cudaLaunchKernel(reinterpret_cast<const void*>(of.kernel.function), dim3(grid), dim3(of.kernel.threads),
+                             arguments, of.kernel.shared_bytes, static_cast<cudaStream_t>(stream)));
   });
 }

@@ -16,9 +16,10 @@ constexpr int CHUNK_BYTES = 16;       // what one cp.async moves
 constexpr int GROUP = 16;             // columns of a sub-block: two n-tiles of mma.sync
 constexpr int SUB_BLOCK_BYTES = 512;  // a slice of a group, in the order of B fragments: 16 bytes a lane
 
-// A tile of x in shared memory is rows of 4 or 8 chunks. The XOR spreads the 8 rows that one phase of ldmatrix reads, and
-// the 8 chunks that one phase of cp.async writes, over all banks.
-template <int CHUNKS> LSP_BOTH int swizzled(int row, int chunk) {
+// A tile of x in shared memory is rows of 4 or 8 chunks. The XOR spreads the 8 rows that one phase of ldmatrix reads,
+// and the 8 chunks that one phase of cp.async writes, over all banks.
+template <int CHUNKS>
+LSP_BOTH int swizzled(int row, int chunk) {
   static_assert(CHUNKS == 4 || CHUNKS == 8, "rows of 64 or 128 bytes");
   return CHUNKS == 4 ? chunk ^ ((row >> 1) & 3) : chunk ^ (row & 7);
 }

@@ -19,14 +19,20 @@ LSP_DEVICE void barrier() { __syncthreads(); }
 // Shared memory is addressed by 32-bit numbers, and touched by volatile assembly alone, which keeps its order.
 LSP_DEVICE uint32_t shared_memory() { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes)); }
 
-template <class V> LSP_DEVICE V load(const V* from) { return __ldg(from); }
+template <class V>
+LSP_DEVICE V load(const V* from) {
+  return __ldg(from);
+}
 
-// Copies 16 bytes to shared memory in the background, zeros beyond `bytes` (0 or 16).
+// Copies 16 bytes to shared memory in the background, or zeros where `bytes` is 0: then nothing is read.
 LSP_DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes));
 }
 LSP_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n"); }
-template <int PENDING> LSP_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING)); }
+template <int PENDING>
+LSP_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING));
+}
 
 LSP_DEVICE void store_shared(uint32_t to, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(to), "r"(v)); }
 LSP_DEVICE void store_shared(uint32_t to, const uint32_t (&v)[4]) {
@@ -43,19 +49,20 @@ LSP_DEVICE void load_shared(uint32_t (&v)[4], uint32_t from) {
 LSP_DEVICE void load_matrices(uint32_t (&v)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(row)
-              );
+               : "r"(row));
 }
 
 LSP_DEVICE void multiply_add(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 LSP_DEVICE void multiply_add(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 LSP_DEVICE void multiply_add(Int8, int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"

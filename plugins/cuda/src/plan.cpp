@@ -24,14 +24,17 @@ void check(const lsp_cuda_desc& d) {
   require(d.K >= 1 && d.N >= 1 && d.K <= LIMIT && d.N <= LIMIT, "K and N must be from 1 to 262144");
   require(is_block(d.block_k) && is_block(d.block_n), "block_k and block_n must be 16, 32 or 64");
   const int64_t block_rows = whole(d.K, d.block_k), block_columns = whole(d.N, d.block_n);
-  require(d.col_ptr != nullptr && static_cast<int64_t>(d.col_ptr_count) == block_columns + 1, "col_ptr must have ceil(N / block_n) + 1 entries");
+  require(d.col_ptr != nullptr && static_cast<int64_t>(d.col_ptr_count) == block_columns + 1,
+          "col_ptr must have ceil(N / block_n) + 1 entries");
   require(d.k_idx != nullptr || d.k_idx_count == 0, "k_idx is missing");
-  require(d.col_ptr[0] == 0 && d.col_ptr[block_columns] == static_cast<int64_t>(d.k_idx_count), "col_ptr must go from 0 to the number of k_idx");
+  require(d.col_ptr[0] == 0 && d.col_ptr[block_columns] == static_cast<int64_t>(d.k_idx_count),
+          "col_ptr must go from 0 to the number of k_idx");
   for (int64_t column = 0; column < block_columns; ++column) {
     const int64_t first = d.col_ptr[column], last = d.col_ptr[column + 1];
     require(first <= last && last <= static_cast<int64_t>(d.k_idx_count), "col_ptr must not fall");
     for (int64_t i = first; i < last; ++i)
-      require(d.k_idx[i] >= (i > first ? d.k_idx[i - 1] + 1 : 0) && d.k_idx[i] < block_rows, "k_idx must ascend in each block column, below ceil(K / block_k)");
+      require(d.k_idx[i] >= (i > first ? d.k_idx[i - 1] + 1 : 0) && d.k_idx[i] < block_rows,
+              "k_idx must ascend in each block column, below ceil(K / block_k)");
   }
   const bool int8 = d.values_type == LSP_CUDA_INT8;
   require(int8 || has_sixteen_bits(d.values_type), "values must be float16, bfloat16 or int8");
@@ -40,7 +43,8 @@ void check(const lsp_cuda_desc& d) {
           "y must be int8 or of the type of values; float16, bfloat16 or int8 where values are int8");
   require(d.out_type != LSP_CUDA_INT8 || (std::isfinite(d.out_scale) && d.out_scale > 0 && std::isfinite(d.out_offset)),
           "int8 y needs an out_scale above 0 and a finite out_offset");
-  require(d.residual_type == LSP_CUDA_NO_TYPE || (int8 ? has_sixteen_bits(d.residual_type) : d.residual_type == d.values_type),
+  require(d.residual_type == LSP_CUDA_NO_TYPE ||
+              (int8 ? has_sixteen_bits(d.residual_type) : d.residual_type == d.values_type),
           "the residual must be of the type of values; float16 or bfloat16 where values are int8");
   require(d.residual_type == LSP_CUDA_NO_TYPE || d.out_type == LSP_CUDA_INT8 || d.residual_type == d.out_type,
           "the residual must be of the type of y, unless that is int8");
@@ -57,7 +61,8 @@ class Slices {
     for (size_t i = 0; i < words_.size(); ++i) words_[i] |= other.words_[i];
   }
   int64_t count() const {
-    return std::accumulate(words_.begin(), words_.end(), int64_t{0}, [](int64_t sum, uint64_t word) { return sum + __builtin_popcountll(word); });
+    return std::accumulate(words_.begin(), words_.end(), int64_t{0},
+                           [](int64_t sum, uint64_t word) { return sum + __builtin_popcountll(word); });
   }
   // What a tile that loads this would load in addition, less what both share.
   int64_t cost(const Slices& other) const {
@@ -73,10 +78,10 @@ class Slices {
 
 // The groups of columns, and where their sub-blocks are in `values`.
 struct Groups {
-  std::vector<Slices> slices;   // of each group that has a column below N
-  std::vector<int64_t> first;   // its first sub-block
-  int64_t slice_count;          // slices that have a row below K
-  int64_t sub_blocks = 0;       // of all groups of all blocks, also beyond K and N: `values` has whole blocks
+  std::vector<Slices> slices;  // of each group that has a column below N
+  std::vector<int64_t> first;  // its first sub-block
+  int64_t slice_count;         // slices that have a row below K
+  int64_t sub_blocks = 0;      // of all groups of all blocks, also beyond K and N: `values` has whole blocks
 
   explicit Groups(const lsp_cuda_desc& d) {
     const int64_t rows = SLICE_BYTES / (d.values_type == LSP_CUDA_INT8 ? 1 : 2);
@@ -85,7 +90,8 @@ struct Groups {
     for (int64_t column = 0; column < whole(d.N, d.block_n); ++column) {
       Slices survive(stored);
       for (int64_t i = d.col_ptr[column]; i < d.col_ptr[column + 1]; ++i)
-        for (int64_t row = d.k_idx[i] * d.block_k; row < (d.k_idx[i] + 1) * d.block_k; row += 16) survive.add(row / rows);
+        for (int64_t row = d.k_idx[i] * d.block_k; row < (d.k_idx[i] + 1) * d.block_k; row += 16)
+          survive.add(row / rows);
       for (int64_t at = column * d.block_n; at < (column + 1) * d.block_n; at += GROUP) {
         if (at < d.N) {
           slices.push_back(survive);
@@ -104,11 +110,12 @@ struct Columns {
 };
 
 int64_t loads(const std::vector<Columns>& tiles) {
-  return std::accumulate(tiles.begin(), tiles.end(), int64_t{0}, [](int64_t sum, const Columns& tile) { return sum + tile.slices.count(); });
+  return std::accumulate(tiles.begin(), tiles.end(), int64_t{0},
+                         [](int64_t sum, const Columns& tile) { return sum + tile.slices.count(); });
 }
 
-// Puts units (adjacent groups of the same blocks) into tiles of `size` units: in their order, or so that those with common
-// slices come together: the fullest unit left opens a tile, and takes those that cost it least.
+// Puts units (adjacent groups of the same blocks) into tiles of `size` units: in their order, or so that those with
+// common slices come together: the fullest unit left opens a tile, and takes those that cost it least.
 std::vector<Columns> tiles_of(const Groups& groups, int unit, int size, bool clustered) {
   const int count = static_cast<int>(whole(groups.slices.size(), unit));
   std::vector<int> left(count);
@@ -122,9 +129,11 @@ std::vector<Columns> tiles_of(const Groups& groups, int unit, int size, bool clu
     for (int i = 0; i < size && !left.empty(); ++i) {
       auto next = left.begin();
       if (clustered && i > 0)
-        next = std::min_element(left.begin(), left.begin() + std::min<size_t>(left.size(), CANDIDATES),
-                                [&](int a, int b) { return tile.slices.cost(slices(a)) < tile.slices.cost(slices(b)); });
-      for (int g = *next * unit; g < std::min<int>((*next + 1) * unit, groups.slices.size()); ++g) tile.groups.push_back(g);
+        next =
+            std::min_element(left.begin(), left.begin() + std::min<size_t>(left.size(), CANDIDATES),
+                             [&](int a, int b) { return tile.slices.cost(slices(a)) < tile.slices.cost(slices(b)); });
+      for (int g = *next * unit; g < std::min<int>((*next + 1) * unit, groups.slices.size()); ++g)
+        tile.groups.push_back(g);
       tile.slices.add(slices(*next));
       left.erase(next);
     }
@@ -138,7 +147,8 @@ Table table_of(const Kernel& kernel, const Groups& groups, int64_t block_n) {
   std::vector<Columns> tiles = tiles_of(groups, unit, size, true), natural = tiles_of(groups, unit, size, false);
   if (loads(natural) <= loads(tiles)) tiles = std::move(natural);
   // The longest first: the short ones even out the end.
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Columns& a, const Columns& b) { return a.slices.count() > b.slices.count(); });
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [](const Columns& a, const Columns& b) { return a.slices.count() > b.slices.count(); });
 
   std::vector<int32_t> spans, columns, slices, sub_blocks;
   std::vector<int64_t> next = groups.first;  // sub-block of each group
@@ -189,8 +199,14 @@ Kernels kernels_of(int type) {
 using namespace lsp_cuda;
 
 lsp_cuda_plan::lsp_cuda_plan(const lsp_cuda_desc& d)
-    : K(d.K), N(d.N), values_type(d.values_type), activation(d.activation), out_type(d.out_type), residual_type(d.residual_type),
-      out_scale(d.out_scale), out_offset(d.out_offset) {
+    : K(d.K),
+      N(d.N),
+      values_type(d.values_type),
+      activation(d.activation),
+      out_type(d.out_type),
+      residual_type(d.residual_type),
+      out_scale(d.out_scale),
+      out_offset(d.out_offset) {
   check(d);
   const Groups groups(d);
   sub_blocks = std::max<int64_t>(groups.sub_blocks, 1);
@@ -207,11 +223,15 @@ const Table& lsp_cuda_plan::tactic(int number) const {
 }
 
 Arguments lsp_cuda_plan::arguments(const Table& table, const Operands& o) const {
-  const auto aligned = [](const void* pointer) { return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  const auto aligned = [](const void* pointer) {
+    return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  };
   require(o.M >= 1 && o.M < int64_t{1} << 30, "M must be from 1 to 2^30 - 1");
-  require(aligned(o.x) && aligned(o.values) && aligned(o.bias) && aligned(o.y) && aligned(o.table), "x, values, bias, y and the table must be there, aligned to 16 bytes");
+  require(aligned(o.x) && aligned(o.values) && aligned(o.bias) && aligned(o.y) && aligned(o.table),
+          "x, values, bias, y and the table must be there, aligned to 16 bytes");
   require(values_type != LSP_CUDA_INT8 || aligned(o.scale), "int8 values need scale, aligned to 16 bytes");
-  require(residual_type == LSP_CUDA_NO_TYPE || aligned(o.residual), "the plan has a residual: it must be there, aligned to 16 bytes");
+  require(residual_type == LSP_CUDA_NO_TYPE || aligned(o.residual),
+          "the plan has a residual: it must be there, aligned to 16 bytes");
 
   const auto* words = static_cast<const int32_t*>(o.table);
   Arguments a{};

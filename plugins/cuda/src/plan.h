@@ -50,7 +50,8 @@ struct lsp_cuda_plan {
 namespace lsp_cuda {
 
 // Runs action, and returns its error as the C API does.
-template <class Action> const char* reported(Action&& action) {
+template <class Action>
+const char* reported(Action&& action) {
   static thread_local std::string text;
   try {
     action();

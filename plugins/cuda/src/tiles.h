@@ -5,13 +5,22 @@
 
 namespace lsp_cuda {
 
-template <class Tile> constexpr Kernel kernel(const char* name) {
-  return {name,          Tile::T::TYPE,      Tile::M,      Tile::SLICES, Tile::GROUPS, Tile::THREADS, Tile::SHARED_BYTES,
-          Tile::RAGGED, block_sparse_linear<Tile>};
+template <class Tile>
+constexpr Kernel kernel(const char* name) {
+  return {name,
+          Tile::T::TYPE,
+          Tile::M,
+          Tile::SLICES,
+          Tile::GROUPS,
+          Tile::THREADS,
+          Tile::SHARED_BYTES,
+          Tile::RAGGED,
+          block_sparse_linear<Tile>};
 }
 
 //                     rows cols  warps: M N K  bytes of K, stages
-template <class T> Kernels kernels_of() {
+template <class T>
+Kernels kernels_of() {
   static constexpr Kernel all[] = {
       kernel<Tile<T, 128, 128, 2, 4, 1, 64, 4>>("128x128"),
       kernel<Tile<T, 128, 64, 2, 2, 1, 64, 4>>("128x64"),
