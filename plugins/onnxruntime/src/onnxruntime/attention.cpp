@@ -134,7 +134,7 @@ struct Attention : CustomOp {
     const Node node(runtime, info, kName);
     node.require_version();
     node.require(type == kFloat, std::string("its inputs are ") + name_of(type) +
-                                     "; on a CPU run the model's float32 form: lsp-deploy lower");
+                                     ", not float32; lsp-deploy lower writes it in standard operators");
     const int64_t packed = node.integer("packed_qkv");
     node.require(packed == 0 || packed == 1, "packed_qkv is " + std::to_string(packed) + ", not 0 or 1");
     const size_t operands = packed == 1 ? 1 : 3;

@@ -66,8 +66,8 @@ struct BlockSparseLinear : CustomOp {
   static constexpr size_t kInputs = 5;
   static constexpr size_t kRequiredInputs = 4;
   // The attribute out_type says what y is. ONNX Runtime leaves an output's type to infer_shape only where it is
-  // undefined here, and lets it be undefined only where the output need not be there. (Releases before 1.20 take the type
-  // from the graph's value_info alone.)
+  // undefined here, and lets it be undefined only where the output need not be there. (Releases before 1.20 take the
+  // type from the graph's value_info alone.)
   static constexpr Characteristic kOutput = kOptional;
 
   Runtime runtime;
@@ -135,7 +135,7 @@ struct BlockSparseLinear : CustomOp {
  private:
   void refuse_types(const Node& node) const {
     for (const ElementType type : {x_type, values_type}) {
-      node.require(type != kFloat16, "float16 is for GPUs; on a CPU run the model's float32 form: lsp-deploy lower");
+      node.require(type != kFloat16, "float16 is for GPUs; lsp-deploy lower writes it in standard operators");
     }
     const bool quantized = x_type == kInt8;
     const bool known = x_type == kFloat || (quantized && values_type == kInt8);

@@ -144,13 +144,10 @@ Constant Node::constant(size_t input, const char* name) const {
   TensorInfo* owned = nullptr;
   check(api_.GetTensorTypeAndShape(value, &owned));
   const std::unique_ptr<TensorInfo, void (*)(TensorInfo*)> info(owned, api_.ReleaseTensorTypeAndShapeInfo);
-  Constant constant{kUndefined, shape_of(api_, info.get()), nullptr};
-  check(api_.GetTensorElementType(info.get(), &constant.type));
   void* data = nullptr;
   // The interface has no function that leaves a tensor constant; nothing is written through this one.
   check(api_.GetTensorMutableData(const_cast<Value*>(value), &data));
-  constant.data = data;
-  return constant;
+  return {shape_of(api_, info.get()), data};
 }
 
 int Node::threads() const {

@@ -11,7 +11,6 @@ namespace lsp::ort {
 
 // A constant input; `data` belongs to ONNX Runtime and lives as long as the session.
 struct Constant {
-  ElementType type;
   std::vector<int64_t> shape;
   const void* data;
 };
