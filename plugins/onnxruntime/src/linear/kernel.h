@@ -37,7 +37,7 @@ struct Epilogue {
 struct Tile {
   const void* x;
   const void* w;
-  const int32_t* chunks;  // which chunk of K each chunk of the panel multiplies
+  const int32_t* chunks;  // which chunk of K each chunk of the panel multiplies; one more is there to be read
   int32_t chunk_count;
   int64_t prefetch;     // how far ahead of w, in bytes, weights are fetched into the second-level cache; 0: not
   const int32_t* start;  // integers: what the sums start from

@@ -16,9 +16,9 @@ struct Int16Arithmetic : IntegerArithmetic<V, 2> {
 };
 
 // Of the 32 registers, 28 hold sums. Panels of 16 columns spend one load on each multiplication.
-constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.05};
+constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.15};
 // vpmaddwd needs a register for its product.
-constexpr Shape kWideInt8 = {32, 13, 1.0}, kNarrowInt8 = {16, 26, 1.05};
+constexpr Shape kWideInt8 = {32, 13, 1.0}, kNarrowInt8 = {16, 26, 1.15};
 
 void multiply_float(const Tile& tile, int columns, int rows) {
   if (columns == kWide.columns) return multiply_rows<FloatArithmetic<V>, kWide.rows, 2>(tile, rows);

@@ -26,7 +26,7 @@ struct PairWriter {
   }
 };
 
-constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.05};
+constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.15};
 
 void pack(const Rows& rows) { pack_chunks<PairWriter, float>(rows, PairWriter()); }
 

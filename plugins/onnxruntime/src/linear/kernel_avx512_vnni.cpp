@@ -19,7 +19,7 @@ struct DotArithmetic : IntegerArithmetic<V, 4> {
   }
 };
 
-constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.05};
+constexpr Shape kWide = {32, 14, 1.0}, kNarrow = {16, 28, 1.15};
 
 void multiply(const Tile& tile, int columns, int rows) {
   if (columns == kWide.columns) return multiply_rows<DotArithmetic, kWide.rows, 2>(tile, rows);

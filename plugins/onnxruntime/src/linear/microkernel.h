@@ -34,14 +34,18 @@ void multiply_tile(const Tile& tile) {
   const char* w = static_cast<const char*>(tile.w);
   for (int32_t c = 0; c < tile.chunk_count; ++c) {
     const char* x = static_cast<const char*>(tile.x) + static_cast<size_t>(tile.chunks[c]) * (ROWS * words * 4);
-    const char* next = w + tile.prefetch;
+    // Jumps from one surviving chunk to the next are nothing that the CPU foresees.
+    const char* next = static_cast<const char*>(tile.x) + static_cast<size_t>(tile.chunks[c + 1]) * (ROWS * words * 4);
+    LSP_UNROLL
+    for (int line = 0; line < ROWS * words * 4; line += 64) __builtin_prefetch(next + line);
+    if (tile.prefetch != 0) {
+      for (int line = 0; line < words * columns * 4; line += 64) __builtin_prefetch(w + tile.prefetch + line, 0, 2);
+    }
     LSP_UNROLL_4
     for (int k = 0; k < words; ++k) {
       typename Arithmetic::Word b[VECTORS];
       LSP_UNROLL
       for (int v = 0; v < VECTORS; ++v) b[v] = Arithmetic::load(w + (k * columns + v * V::lanes) * 4);
-      LSP_UNROLL
-      for (int line = 0; line < columns * 4; line += 64) __builtin_prefetch(next + k * columns * 4 + line, 0, 2);
       LSP_UNROLL
       for (int r = 0; r < ROWS; ++r) {
         const typename Arithmetic::Word a = Arithmetic::broadcast(x + (r * words + k) * 4);

@@ -100,6 +100,7 @@ Panels pack_panels(const lsp_linear_desc& desc, const Kernel& kernel) {
     panels.chunks.insert(panels.chunks.end(), panel.begin(), panel.end());
     panels.first.push_back(static_cast<int64_t>(panels.chunks.size()));
   }
+  panels.chunks.push_back(0);
   const size_t padded = static_cast<size_t>(panels.count() * columns);
   panels.bias.assign(desc.bias, desc.bias + desc.N);
   panels.scale.assign(desc.scale, desc.scale + desc.N);
@@ -108,7 +109,7 @@ Panels pack_panels(const lsp_linear_desc& desc, const Kernel& kernel) {
   panels.start.assign(padded, 0);
 
   panels.chunk_bytes = static_cast<size_t>(kChunk / kernel.group * columns) * 4;
-  const size_t bytes = (panels.chunks.size() * panels.chunk_bytes + 64) / 64 * 64;
+  const size_t bytes = (static_cast<size_t>(panels.first.back()) * panels.chunk_bytes + 64) / 64 * 64;
   panels.words.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
   if (panels.words == nullptr) throw std::bad_alloc();
   std::memset(panels.words.get(), 0, bytes);

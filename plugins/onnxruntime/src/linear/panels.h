@@ -14,7 +14,7 @@ namespace lsp {
 struct Panels {
   Shape shape{};
   std::vector<int64_t> first;   // of the chunks of each panel, and the number of all
-  std::vector<int32_t> chunks;  // which chunk of K each one multiplies, ascending within a panel
+  std::vector<int32_t> chunks;  // which chunk of K each one multiplies, ascending within a panel; and one more
   std::vector<float> bias, scale;
   std::vector<int32_t> start;  // what integer sums start from
   struct Free {

@@ -67,7 +67,7 @@ Plan plan_rows(const Layer& layer, int64_t first_row, int64_t rows, int64_t row_
   if (pool == nullptr || pool->threads == 1) return plan;
 
   const int64_t threads = pool->threads > 0 ? pool->threads : kUnknownThreads;
-  const int64_t chunks = static_cast<int64_t>(layer.panels.chunks.size()) + kTileOverhead * layer.panels.count();
+  const int64_t chunks = layer.panels.first.back() + kTileOverhead * layer.panels.count();
   const int64_t work = rows * chunks * kChunk * layer.panels.shape.columns;
   const int64_t tasks = std::max<int64_t>(1, std::min(threads * kTasksPerThread, work / kTaskWork));
   plan.panel_groups = std::min(divide_up(tasks, plan.tile_groups.parts), layer.panels.count());
