@@ -15,9 +15,10 @@ __all__ = ["backends", "builder_for"]
 def backends() -> list[Backend]:
     """Return every backend, installed here or not."""
     from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeBackend
+    from lsp_deploy.engines.tensorrt.backend import TensorRtBackend
     from lsp_deploy.engines.tensorrt_rtx.backend import TensorRtRtxBackend
 
-    return [OnnxRuntimeBackend(), TensorRtRtxBackend()]
+    return [OnnxRuntimeBackend(), TensorRtRtxBackend(), TensorRtBackend()]
 
 
 def builder_for(target: Target) -> tuple[Backend | None, str]:
@@ -31,13 +32,8 @@ def builder_for(target: Target) -> tuple[Backend | None, str]:
         backend = known.get(name)
         if backend is None or not backend.serves(target):
             continue
-        status = backend.status()
+        status = backend.status(target)
         if status.can_build:
             return backend, f"{name} {status.version} builds for {target.name} on this machine"
-        reasons.append(f"{name} builds for {target.name} on this machine once it is installed: {status.hint}")
-    if reasons:
-        return None, "; ".join(reasons)
-    return None, (
-        f"no builder on this machine serves {target.name}: copy model.onnx to one with that GPU and build it there "
-        "with trtexec --stronglyTyped"
-    )
+        reasons.append(f"{name} {status.detail}: {status.hint}")
+    return None, f"no engine for {target.name} can be built on this machine: {'; '.join(reasons)}"

@@ -237,7 +237,7 @@ class OnnxRuntimeBackend:
 
     name = NAME
 
-    def status(self) -> BackendStatus:
+    def status(self, target: Target | None = None) -> BackendStatus:
         """Return that ONNX Runtime, which lsp-deploy depends on, is here."""
         return BackendStatus(can_build=True, can_run=True, version=ort.__version__, detail="CPU provider")
 

@@ -1,17 +1,17 @@
 """What every engine and every builder offers, and the sidecar that is written beside a built engine.
 
-An `Engine` runs a model; a `Backend` builds engines for targets and loads them. ONNX Runtime and TensorRT-RTX
-follow this protocol; a TensorRT backend that builds on the GPU itself fits it without a change.
+An `Engine` runs a model; a `Backend` builds engines for targets and loads them. ONNX Runtime, TensorRT and TensorRT-RTX
+follow this protocol.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,12 @@ __all__ = [
     "Backend",
     "BackendStatus",
     "BuildOptions",
+    "DeviceTimed",
     "Engine",
     "EngineBuildError",
     "EngineInfo",
     "LayerRecord",
+    "SparseTactics",
     "TensorSpec",
     "layer_counts",
     "read_sidecar",
@@ -67,7 +69,22 @@ class BuildOptions(_Record):
     workspace_mb: int | None = Field(None, ge=1, description="limit of the builder's scratch memory, MiB")
     sparse_weights: bool = Field(False, description="let the builder use 2:4 kernels where weights have the pattern")
     optimization_level: int | None = Field(None, ge=0, le=5, description="TensorRT's builder optimization level")
+    timing_cache: Path | None = Field(None, description="file of TensorRT's kernel timings: read if there, and written")
+    plugins: tuple[Path, ...] = Field((), description="plugin libraries of the model; the engine holds them too")
+    version_compatible: bool = Field(False, description="let later TensorRT releases run the engine")
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"] = Field(
+        "none", description="which other GPUs may run the engine"
+    )
+    refittable: bool = Field(False, description="let other weights be put into the engine")
+    strip_weights: bool = Field(False, description="leave the weights out: the engine takes them from the model again")
     timeout_seconds: float = Field(3600, gt=0)
+
+    def for_sidecar(self) -> BuildOptions:
+        """Return the options with the names of files only: folders mean nothing on another machine."""
+        cache = self.timing_cache and Path(self.timing_cache.name)
+        return self.model_copy(
+            update={"timing_cache": cache, "plugins": tuple(Path(path.name) for path in self.plugins)}
+        )
 
 
 class LayerRecord(_Record):
@@ -83,6 +100,14 @@ class LayerRecord(_Record):
     output_types: list[str] = Field(default_factory=list)
     tactic: str = ""
     onnx_nodes: list[str] = Field(default_factory=list, description="names of the model's nodes that it does")
+
+
+class SparseTactics(_Record):
+    """What TensorRT's builder says of 2:4 weights: in how many layers it found them, in how many it uses them."""
+
+    eligible: int
+    chosen: int
+    layers: list[str] = Field(default_factory=list, description="names of the layers that use them, as the builder has")
 
 
 class EngineInfo(_Record):
@@ -102,6 +127,7 @@ class EngineInfo(_Record):
     options: BuildOptions | None = None
     layers: list[LayerRecord] = Field(default_factory=list)
     memory: dict[str, int] = Field(default_factory=dict, description="bytes, as the builder reports them")
+    sparse_tactics: SparseTactics | None = Field(None, description="2:4 kernels; None where the builder says nothing")
     warnings: list[str] = Field(default_factory=list)
     created: str | None = Field(None, description="UTC, ISO 8601")
 
@@ -150,13 +176,25 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class DeviceTimed(Protocol):
+    """An engine that times its runs on the device, without the copies to and from it."""
+
+    clock: str
+    """What is timed, as a clause for the report."""
+
+    def timed_run(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], float]:
+        """Put `feeds` on the device; return a call that runs the engine on them once and gives milliseconds."""
+        ...
+
+
 class Backend(Protocol):
     """Something that builds engines for targets and loads them."""
 
     name: str
 
-    def status(self) -> BackendStatus:
-        """Return whether this backend can build and run here."""
+    def status(self, target: Target | None = None) -> BackendStatus:
+        """Return whether this backend can build and run here, for `target` where one is named."""
         ...
 
     def serves(self, target: Target) -> bool:

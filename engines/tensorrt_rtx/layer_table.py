@@ -7,25 +7,23 @@ a line that does not look like one is given back, not guessed at.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lsp_deploy.engines.compute_types import compute_type
 from lsp_deploy.engines.protocol import LayerRecord
+from lsp_deploy.engines.tensorrt_common.layer_words import element_type, multiplies, onnx_nodes
+from lsp_deploy.engines.tensorrt_common.messages import LogMessage
 
-__all__ = ["TABLE_HEAD", "LayerTable", "parse_layer_table"]
+__all__ = ["LayerTable", "parse_layer_table", "read_layer_table"]
 
-TABLE_HEAD = "Layers:\n"
+_TABLE_HEAD = "Layers:\n"
 
 _LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<origin>.*)"
 )
 _TENSOR = re.compile(r"Dimensions: \[(?P<dimensions>[-\d,]*)\].*?Datatype: (?P<type>\w+)")
-# Origins are set apart by a unit separator.
-_ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f?\[ONNX Layer: |$)")
-_TYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16"}
-_MATRIX_KINDS = frozenset({"gemm", "correlation", "runtime_fusion"})
 
 
 class LayerTable(NamedTuple):
@@ -35,12 +33,18 @@ class LayerTable(NamedTuple):
     unread: list[str]
 
 
+def read_layer_table(messages: Iterable[LogMessage]) -> LayerTable:
+    """Return the engine's layers; empty where the log has no table."""
+    tables = (message.text for message in messages if message.text.startswith(_TABLE_HEAD))
+    return parse_layer_table(next(tables, ""))
+
+
 def parse_layer_table(message: str) -> LayerTable:
     """Read the log message that begins with `Layers:`; the table ends at its first empty line.
 
     The precision of a matrix product is its operands': int8 only where activations and weights both are.
     """
-    table, _, _ = message.removeprefix(TABLE_HEAD).partition("\n\n")
+    table, _, _ = message.removeprefix(_TABLE_HEAD).partition("\n\n")
     layers, unread = [], []
     for line in table.split("\n"):
         match = _LAYER.fullmatch(line.strip())
@@ -54,7 +58,7 @@ def parse_layer_table(message: str) -> LayerTable:
 def _record(match: re.Match[str]) -> LayerRecord:
     inputs, constants, outputs = (_tensors(match[name]) for name in ("inputs", "constants", "outputs"))
     operands = inputs or outputs
-    if match["kind"] in _MATRIX_KINDS:
+    if multiplies(match["kind"]):
         operands = [*inputs, *(tensor for tensor in constants if _is_matrix(tensor))]
     return LayerRecord(
         name=match["name"],
@@ -64,7 +68,7 @@ def _record(match: re.Match[str]) -> LayerRecord:
         constant_types=[tensor.type for tensor in constants],
         output_types=[tensor.type for tensor in outputs],
         tactic=match["tactic"],
-        onnx_nodes=_ORIGIN.findall(match["origin"]),
+        onnx_nodes=onnx_nodes(match["origin"]),
     )
 
 
@@ -75,13 +79,9 @@ class _Tensor(NamedTuple):
 
 def _tensors(text: str) -> list[_Tensor]:
     return [
-        _Tensor([int(size) for size in found["dimensions"].split(",") if size], _type(found["type"]))
+        _Tensor([int(size) for size in found["dimensions"].split(",") if size], element_type(found["type"]))
         for found in _TENSOR.finditer(text)
     ]
-
-
-def _type(name: str) -> str:
-    return _TYPES.get(name, name.lower())
 
 
 def _is_matrix(tensor: _Tensor) -> bool:

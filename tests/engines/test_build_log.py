@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lsp_deploy.engines.tensorrt_rtx import build_log
-from lsp_deploy.engines.tensorrt_rtx.messages import LogMessage, ParserError
+from lsp_deploy.engines.tensorrt_common import build_log
+from lsp_deploy.engines.tensorrt_common.messages import LogMessage, ParserError
 
 NO_DRIVER = (
     "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (In f at /_src/x.cpp:1 (cudaError 35: "

@@ -18,6 +18,7 @@ from lsp_deploy.engines.protocol import (
     sidecar_path,
     write_sidecar,
 )
+from lsp_deploy.engines.tensorrt import backend as tensorrt_backend
 from lsp_deploy.engines.tensorrt_rtx.backend import TensorRtRtxBackend
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import sha256_of
@@ -96,7 +97,7 @@ def test_feeds_that_do_not_fit_are_named(feeds: dict, message: str):
 
 
 def test_backends_by_name():
-    assert [backend.name for backend in backends()] == ["onnxruntime", "tensorrt_rtx"]
+    assert [backend.name for backend in backends()] == ["onnxruntime", "tensorrt_rtx", "tensorrt"]
 
 
 def test_the_cpu_is_built_for_here():
@@ -114,10 +115,16 @@ def test_what_only_the_device_builds_is_said(name: str):
 
 
 def test_a_builder_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
-    absent = BackendStatus(can_build=False, can_run=False, hint="pip install 'lsp-deploy[tensorrt-rtx]'")
-    monkeypatch.setattr(TensorRtRtxBackend, "status", lambda self: absent)
+    absent = BackendStatus(
+        can_build=False, can_run=False, detail="is not installed", hint="pip install 'lsp-deploy[tensorrt-rtx]'"
+    )
+    monkeypatch.setattr(TensorRtRtxBackend, "status", lambda self, target: absent)
+    monkeypatch.setattr(tensorrt_backend, "first_gpu", lambda: None)
     backend, reason = builder_for(load_target("a100"))
     assert backend is None
     assert reason == (
-        "tensorrt_rtx builds for a100 on this machine once it is installed: pip install 'lsp-deploy[tensorrt-rtx]'"
+        "no engine for a100 can be built on this machine: "
+        "tensorrt_rtx is not installed: pip install 'lsp-deploy[tensorrt-rtx]'; "
+        "tensorrt builds on an NVIDIA GPU of compute capability 8.0, and here is none: copy model.onnx to a "
+        "machine with an NVIDIA GPU of compute capability 8.0 and build it there with trtexec --stronglyTyped"
     )

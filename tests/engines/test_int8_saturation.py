@@ -24,7 +24,9 @@ def test_the_exact_kernels_are_asked_for_where_products_saturate_and_only_there(
 
 
 def test_the_largest_products_are_exact_on_this_cpu():
-    nodes = "q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  e = DequantizeLinear(w, s, v)  y = MatMul(d, e)"
+    nodes = (
+        "q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)  e = DequantizeLinear(w, s, v)  y = MatMul(d, e)"
+    )
     text = f"g (float[2, 64] x) => (float[2, 32] y) {{ {nodes} }}"
     weight = np.full((64, 32), 127, np.int8)
     model = graph(text, w=weight, s=np.float32(1), z=np.uint8(0), v=np.int8(0))

@@ -10,20 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from lsp_deploy.engines.protocol import BuildOptions, EngineBuildError, EngineInfo, TensorSpec, read_sidecar
+from lsp_deploy.engines.protocol import BuildOptions, EngineBuildError, read_sidecar
+from lsp_deploy.engines.tensorrt_common.gpu import first_gpu
 from lsp_deploy.engines.tensorrt_rtx import backend as backend_module
 from lsp_deploy.engines.tensorrt_rtx.backend import TensorRtRtxBackend
-from lsp_deploy.engines.tensorrt_rtx.engine import TensorRtRtxEngine
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import sha256_of
 from lsp_deploy.hardware.target import load_target
 
-installed = all(importlib.util.find_spec(name) for name in ("tensorrt_rtx", "polygraphy"))
-needs_builder = pytest.mark.skipif(not installed, reason="tensorrt_rtx or polygraphy is not installed")
-no_gpu = pytest.mark.skipif(backend_module._has_gpu(), reason="this machine has a GPU")
+installed = importlib.util.find_spec("tensorrt_rtx") is not None
+needs_builder = pytest.mark.skipif(not installed, reason="tensorrt_rtx is not installed")
+no_gpu = pytest.mark.skipif(first_gpu() is not None, reason="this machine has a GPU")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 PYTHON = sys.executable  # before a test puts something else in its place
 SHAPES = BuildOptions(min_shapes={"x": (1, 4, 64)}, opt_shapes={"x": (8, 4, 64)}, max_shapes={"x": (32, 4, 64)})
@@ -37,7 +36,7 @@ def fake_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         script = tmp_path / "child.sh"
         script.write_text(f"#!/bin/sh\n{body}\n")
         script.chmod(0o755)
-        monkeypatch.setattr(backend_module.sys, "executable", str(script))
+        monkeypatch.setattr(sys, "executable", str(script))
 
     return install
 
@@ -50,7 +49,7 @@ def test_builds_for_the_target_and_says_what_it_built(make_model, tmp_path: Path
     assert info.file == "a100.engine"
     assert info.size_bytes == engine.stat().st_size > 64 * 96 * 4
     assert info.sha256 == sha256_of(engine)
-    assert set(info.versions) == {"tensorrt_rtx", "polygraphy"}
+    assert set(info.versions) == {"tensorrt_rtx"}
     assert info.memory["weights"] >= 64 * 96 * 4
     assert info.options == SHAPES
     assert not any("could not be read" in warning for warning in info.warnings)
@@ -200,34 +199,3 @@ def test_loading_says_which_gpu_is_missing(tmp_path: Path):
     engine.write_bytes(b"engine")
     with pytest.raises(UserError, match="runs on an NVIDIA GPU, and this machine has none"):
         TensorRtRtxBackend().load(engine)
-
-
-class FakeRunner:
-    """Answers as polygraphy's TrtRunner does: from buffers that the next call overwrites."""
-
-    def __init__(self) -> None:
-        self.buffer = np.zeros((2, 3), np.float32)
-        self.active = True
-
-    def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        assert feeds["x"].dtype == np.float16
-        self.buffer[:] = feeds["x"]
-        return {"y": self.buffer}
-
-    def deactivate(self) -> None:
-        self.active = False
-
-
-def test_a_loaded_engine_checks_inputs_and_gives_out_copies():
-    runner = FakeRunner()
-    inputs = {"x": TensorSpec(np.dtype(np.float16), ("?", 3))}
-    outputs = {"y": TensorSpec(np.dtype(np.float32), ("?", 3))}
-    info = EngineInfo(backend="tensorrt_rtx", target="a100", file="a100.engine")
-    with TensorRtRtxEngine(runner, inputs, outputs, info) as engine:
-        first = engine.run({"x": np.ones((2, 3), np.float32)})["y"]
-        engine.run({"x": np.zeros((2, 3), np.float32)})
-        np.testing.assert_array_equal(first, np.ones((2, 3)))
-        with pytest.raises(UserError, match=r"input x of a100.engine: expected the shape \?x3, got 2x4"):
-            engine.run({"x": np.ones((2, 4), np.float16)})
-        assert engine.describe() == info
-    assert not runner.active

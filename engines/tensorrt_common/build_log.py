@@ -1,4 +1,4 @@
-"""What TensorRT-RTX's build log says: layers, memory, and why a build failed."""
+"""What the build log of TensorRT and TensorRT-RTX says: memory, 2:4 kernels, and why a build failed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lsp_deploy.engines.tensorrt_rtx.layer_table import TABLE_HEAD, LayerTable, parse_layer_table
-from lsp_deploy.engines.tensorrt_rtx.messages import LogMessage, ParserError
+from lsp_deploy.engines.protocol import SparseTactics
+from lsp_deploy.engines.tensorrt_common.messages import LogMessage, ParserError
 
-__all__ = ["error_lines", "last_node", "layer_table", "memory", "parser_error_line", "read_log", "warning_lines"]
+__all__ = ["error_lines", "last_node", "memory", "parser_error_line", "read_log", "sparse_tactics", "warning_lines"]
 
 _MEMORY = {
     "Total Activation Memory": "activations",
@@ -20,7 +20,8 @@ _MEMORY = {
     "Total Host Persistent Memory": "host_persistent",
     "Total Device Persistent Memory": "device_persistent",
 }
-_MEMORY_LINE = re.compile(rf"({'|'.join(_MEMORY)}): (\d+) bytes")
+_MEMORY_LINE = re.compile(rf"({'|'.join(_MEMORY)}): (\d+)")
+_SPARSITY_LINE = re.compile(r"\(Sparsity\) (?P<what>Found|Chose) (?P<count>\d+) layer\(s\)[^:]*(?:: *(?P<names>.*))?")
 # Every error of a machine without a driver is followed by a complaint about the driver, which a build does not need.
 _NOISE = re.compile(r"cudaError 35|CUDA driver version is insufficient")
 # IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:15: run_passes] TEXT. In compileGraph at /_src/x)
@@ -45,16 +46,25 @@ def read_log(path: Path) -> list[LogMessage]:
     return messages
 
 
-def layer_table(messages: Iterable[LogMessage]) -> LayerTable:
-    """Return the engine's layers; empty where the log has no table."""
-    tables = (message.text for message in messages if message.text.startswith(TABLE_HEAD))
-    return parse_layer_table(next(tables, ""))
-
-
 def memory(messages: Iterable[LogMessage]) -> dict[str, int]:
     """Return the bytes of memory that the engine needs, by kind."""
     found = (_MEMORY_LINE.search(message.text) for message in messages)
     return {_MEMORY[match[1]]: int(match[2]) for match in found if match is not None}
+
+
+def sparse_tactics(messages: Iterable[LogMessage]) -> SparseTactics | None:
+    """Return how many layers could use 2:4 kernels and how many do; None where the builder says nothing of it."""
+    found = [_SPARSITY_LINE.search(" ".join(message.text.split())) for message in messages]
+    lines = {match["what"]: match for match in found if match is not None}
+    if not lines:
+        return None
+    counts = {what: int(match["count"]) for what, match in lines.items()}
+    names = (lines["Chose"]["names"] if "Chose" in lines else None) or ""
+    return SparseTactics(
+        eligible=counts.get("Found", 0),
+        chosen=counts.get("Chose", 0),
+        layers=[name for name in names.split(", ") if name],
+    )
 
 
 def error_lines(messages: Iterable[LogMessage]) -> list[str]:

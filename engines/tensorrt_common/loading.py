@@ -1,0 +1,83 @@
+"""An engine file onto the GPU of this machine."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lsp_deploy.engines.protocol import EngineInfo, read_sidecar
+from lsp_deploy.engines.tensorrt_common.cuda import Cuda, CudaError
+from lsp_deploy.engines.tensorrt_common.engine import TensorRtEngine
+from lsp_deploy.engines.tensorrt_common.gpu import Gpu, first_gpu
+from lsp_deploy.engines.tensorrt_common.logger import make_logger
+from lsp_deploy.engines.tensorrt_common.messages import ModuleName
+from lsp_deploy.errors import UserError
+
+__all__ = ["load_engine"]
+
+
+def load_engine(module: ModuleName, path: Path, *, weights: Path | None = None) -> TensorRtEngine:
+    """Read the engine in `path` onto the GPU of this machine.
+
+    Args:
+        module: what it was built with.
+        path: the engine; its sidecar says which GPU it is for.
+        weights: ONNX file whose weights go into it; an engine that was built without weights needs them.
+
+    Raises:
+        UserError: there is no such file, no GPU or another one, or TensorRT does not take the engine.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; build the engine first")
+    info = read_sidecar(path) or EngineInfo(backend=module, target="unknown", file=path.name)
+    gpu = _fitting_gpu(path, info)
+    if info.options is not None and info.options.strip_weights and weights is None:
+        raise UserError(f"{path} has no weights in it; name the ONNX file that it was built from")
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{path} runs with {module}, which is not installed here")
+    try:
+        cuda = Cuda()
+    except CudaError as error:
+        raise UserError(f"{path} cannot run on {gpu.name}: {error}") from None
+    trt: Any = importlib.import_module(module)
+    said: list[str] = []
+    logger = make_logger(trt, lambda severity, text: said.append(text) if "ERROR" in severity else None)
+    engine = _deserialized(trt, logger, path, info)
+    if engine is None:
+        raise UserError(f"{module} {trt.__version__} cannot load {path} on {gpu.name}{_reason(said)}")
+    if weights is not None:
+        refitter = trt.Refitter(engine, logger)
+        taken = trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(weights))
+        if not taken or not refitter.refit_cuda_engine():
+            raise UserError(f"{path} does not take the weights of {weights}{_reason(said)}")
+    return TensorRtEngine(trt, engine, info.model_copy(update={"device": gpu.name}), cuda)
+
+
+def _fitting_gpu(path: Path, info: EngineInfo) -> Gpu:
+    gpu = first_gpu()
+    if gpu is None:
+        needed = f" of compute capability {info.compute_capability}" if info.compute_capability else ""
+        raise UserError(f"{path} runs on an NVIDIA GPU{needed}, and this machine has none")
+    portable = info.options is not None and info.options.hardware_compatibility == "ampere-plus"
+    if not portable and info.compute_capability not in (None, gpu.compute_capability):
+        raise UserError(
+            f"{path} is built for compute capability {info.compute_capability}; this machine's {gpu.name} has "
+            f"{gpu.compute_capability}: build the engine for it"
+        )
+    return gpu
+
+
+def _deserialized(trt: Any, logger: Any, path: Path, info: EngineInfo) -> Any:
+    trt.init_libnvinfer_plugins(logger, "")
+    runtime = trt.Runtime(logger)
+    options = info.options
+    # Such engines hold libraries. The sidecar, whose hash is the file's, says that we put them there.
+    runtime.engine_host_code_allowed = options is not None and bool(options.plugins or options.version_compatible)
+    return runtime.deserialize_cuda_engine(path.read_bytes())
+
+
+def _reason(said: Sequence[str]) -> str:
+    return f": {' '.join(said[0].split())}" if said else ""
