@@ -120,11 +120,7 @@ def _expected_type(
 
 
 def missed_budget(plan: Plan, recipe: Recipe, target: Target, attention_flops: int) -> str | None:
-    """Return in words that a latency, energy or size budget does not hold for what was decided in the end, or None.
-
-    Raises:
-        UserError: the plan does not say what its layers take on a CPU.
-    """
+    """Return in words that a latency, energy or size budget does not hold for what was decided in the end, or None."""
     from lsp_deploy.search.measure import measure_of, planned_cost
 
     fields = ("max_latency_ms", "max_energy_mj", "max_size_mb")
@@ -134,11 +130,14 @@ def missed_budget(plan: Plan, recipe: Recipe, target: Target, attention_flops: i
     dtypes: dict[str, ElementType] = {layer.name: layer.precision.dtype for layer in plan.layers}
     measure, budget = measure_of(recipe, target, dtypes, attention_flops)
     assert budget is not None  # the field says so
-    cost = planned_cost(measure, plan)
-    if cost <= budget * 1.005:
-        return None
     flag = f"--{field.replace('_', '-')}"
     asked = getattr(recipe, field)
+    try:
+        cost = planned_cost(measure, plan)
+    except UserError as error:
+        return f"{flag} {asked:g} was not checked: {error}"
+    if cost <= budget * 1.005:
+        return None
     is_measured = measure.kind == "latency_us" and target.kind == "cpu"
     how = "in its linear layers (measured, shape by shape)" if is_measured else "by the cost model (estimated)"
     found = f"{asked * cost / budget:.4g} {how}, with the element types as decided"

@@ -73,6 +73,8 @@ def _check(plan: Plan, prepared: PreparedModel, target: Target, path: Path) -> N
         raise UserError(f"{path} is a plan for --target {plan.target}, not for {target.name}")
     if plan.compute_type != prepared.compute_type:
         raise UserError(f"{path} computes in {plan.compute_type}, this run in {prepared.compute_type}")
+    if plan.attention.kernel != "engine" and target.kind != "cpu":
+        raise UserError(f"{path}: attention.kernel lsp is not in engines for {target.name}: write engine")
     layers = {layer.name: layer for layer in prepared.layers}
     for decided in plan.layers:
         found = layers.get(decided.name)

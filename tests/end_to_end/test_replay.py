@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,19 @@ def test_nothing_of_an_earlier_model_stays(run, demo: Path) -> None:
     assert list(Path("out/engines").iterdir())
     assert run(*first, "--precision", "fp32", "--no-build", "--force").code == 0
     assert not list(Path("out/engines").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [("layers", "block_sparse", "execution.kernel block_sparse"), ("attention", "lsp", "attention.kernel lsp")],
+)
+def test_engines_of_a_gpu_have_no_kernels_of_a_cpu(run, bare: Path, place: str, value: str, words: str) -> None:
+    common = ("compress", bare.name, "--target", "a100", "--no-build")
+    assert run(*common, "-o", "a", "--precision", "fp16").code == 0
+    plan = json.loads(Path("a/plan.json").read_text())
+    changed = plan["attention"] if place == "attention" else plan["layers"][1]["execution"]
+    changed["kernel"] = value
+    Path("a/plan.json").write_text(json.dumps(plan))
+    result = run(*common, "-o", "b", "--plan", "a/plan.json")
+    assert result.code == 2 and words in result.err
+    assert len(result.err.strip().splitlines()) == 1

@@ -170,5 +170,5 @@ def test_a_latency_budget_on_a_cpu_is_checked_by_the_times_in_the_plan() -> None
     decided.layers[0].execution.times_us["block_sparse fp32"] = 200.0
     assert missed_budget(decided, recipe, load_target("cpu"), 0) is None
     decided.layers[0].execution.kernel = "engine"
-    with pytest.raises(UserError, match="does not say what a takes"):
-        missed_budget(decided, recipe, load_target("cpu"), 0)
+    unknown = missed_budget(decided, recipe, load_target("cpu"), 0)
+    assert unknown is not None and "was not checked: the plan does not say what a takes" in unknown
