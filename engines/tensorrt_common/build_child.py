@@ -85,7 +85,7 @@ def _inspect(trt: Any, logger: Any, engine: Any, path: Path) -> None:
 
 def _parser_error(error: Any) -> ParserError:
     return ParserError(
-        code=error.code().name,
+        code=str(error.code()).rpartition(".")[2],  # before 10.16 this enum's `name` is a method
         description=error.desc(),
         node=error.node_name() or "",
         operator=error.node_operator() or "",
