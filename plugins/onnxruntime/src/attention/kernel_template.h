@@ -148,26 +148,26 @@ void multiply_tile(const Product& product, int64_t first_row, Put put) {
   }
 }
 
-// All rows in tiles of one height. The last tile may overlap the one before it, and computes the same there again.
+// Some rows in tiles of one height. The last tile may overlap what is before it, and computes the same there again.
 // Not inlined: registers are allocated best for this loop alone.
 template <class Cells, int rows, int vectors, class Put>
-__attribute__((noinline)) void multiply_rows(const Product product, const Put put) {
-  for (int64_t row = 0;;) {
-    multiply_tile<Cells, rows, vectors>(product, row, put);
-    row += rows;
-    if (row >= product.rows) return;
-    if (row > product.rows - rows) row = product.rows - rows;
+__attribute__((noinline)) void multiply_rows(const Product product, int64_t begin, int64_t end, const Put put) {
+  for (int64_t row = begin; row < end; row += rows) {
+    multiply_tile<Cells, rows, vectors>(product, row < end - rows ? row : end - rows, put);
   }
 }
 
+// All rows, in high tiles, and the rest in a lower one where that is cheaper.
 template <class Cells, int vectors, class Put>
 void multiply_panel(const Product& product, Put put) {
-  if (product.rows >= kTile) {
-    multiply_rows<Cells, kTile, vectors>(product, put);
-  } else if (product.rows >= 3) {
-    multiply_rows<Cells, 3, vectors>(product, put);
+  const int64_t rest = product.rows % kTile;
+  const bool in_high_tiles = rest > kTile / 2 && product.rows > kTile;
+  const int64_t high = in_high_tiles ? product.rows : product.rows - rest;
+  multiply_rows<Cells, kTile, vectors>(product, 0, high, put);
+  if (rest > 1 && product.rows > 2) {
+    multiply_rows<Cells, kTile / 2, vectors>(product, high, product.rows, put);
   } else {
-    multiply_rows<Cells, 1, vectors>(product, put);
+    multiply_rows<Cells, 1, vectors>(product, high, product.rows, put);
   }
 }
 

@@ -13,13 +13,14 @@ namespace {
 
 typedef float Vector __attribute__((vector_size(kWidth * 4)));
 typedef std::int32_t Integers __attribute__((vector_size(kWidth * 4)));
+typedef std::uint32_t Bits __attribute__((vector_size(kWidth * 4)));
 typedef float Unaligned __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline void store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
 inline Vector splat(float x) { return x - Vector{}; }
-inline Integers bits(Vector x) { return reinterpret_cast<Integers>(x); }
-inline Vector floats(Integers x) { return reinterpret_cast<Vector>(x); }
+inline Bits bits(Vector x) { return reinterpret_cast<Bits>(x); }
+inline Vector floats(Bits x) { return reinterpret_cast<Vector>(x); }
 
 // The first `count` floats, zeros behind them; `count` may be negative, or more than there is room for.
 inline Vector load_partial(const float* from, std::int64_t count) {
@@ -97,8 +98,7 @@ inline Vector exp2_of_negative(Vector x) {
   x = larger(splat(-127.0f), x);
   const Vector shifted_x = x + shift;
   const Vector r = x - (shifted_x - shift);
-  // The polynomial of degree 5 that is nearest to 2^r on [-1/2, 1/2], relatively (Remez); in pairs, since what limits
-  // the speed is how long one vector takes.
+  // The polynomial of degree 5 that is nearest to 2^r on [-1/2, 1/2], relatively (Remez).
   Vector p = splat(0.0013276472454890609f);
   p = p * r + splat(0.009675540961325169f);
   p = p * r + splat(0.05550713092088699f);
@@ -110,8 +110,8 @@ inline Vector exp2_of_negative(Vector x) {
 
 // Rounded to bfloat16, nearest even; what is no number stays none.
 inline Vector rounded_to_bfloat16(Vector x) {
-  const Integers even = (bits(x) >> 16) & 1;
-  const Integers rounded = (bits(x) + 0x7fff + even) & static_cast<std::int32_t>(0xffff0000);
+  const Bits even = (bits(x) >> 16) & 1;
+  const Bits rounded = (bits(x) + 0x7fff + even) & 0xffff0000;
   return x == x ? floats(rounded) : x;
 }
 
