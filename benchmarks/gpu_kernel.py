@@ -195,9 +195,11 @@ def _dense_us(x: torch.Tensor, shape: tuple[int, int], activation: Activation, d
 
 
 def _two_four_us(x: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> float | None:
+    padded = x.new_zeros(-(-x.shape[0] // 16) * 16, x.shape[1])  # cuSPARSELt wants whole sixteens of rows
+    padded[: x.shape[0]] = x
     try:
-        layer = TwoFour(random_weights(shape, (16, 16), 1.0, dtype, 7), x)
-        return time_us(lambda i: layer(x, i % len(layer.weights)))
+        layer = TwoFour(random_weights(shape, (16, 16), 1.0, dtype, 7), padded)
+        return time_us(lambda i: layer(padded, i % len(layer.weights)))
     except (RuntimeError, AttributeError) as error:
         print(f"<!-- 2:4 {shape} {dtype}, {x.shape[0]} rows: {str(error).splitlines()[0]} -->")
         return None

@@ -46,7 +46,7 @@ void lsp_cuda_plan_destroy(lsp_cuda_plan*);
 int64_t lsp_cuda_sub_blocks(const lsp_cuda_plan*);
 
 /* Tactics are numbered from 0; there is at least one, and each is right for every M. The order is from large tiles to
- * small ones. */
+ * small ones. But for launch, which checks it, the number must be one of them. */
 int lsp_cuda_tactics(const lsp_cuda_plan*);
 const char* lsp_cuda_tactic_name(const lsp_cuda_plan*, int tactic);
 /* The share of x's slices that the tactic loads, over all its column tiles: the density that its loads see. */
@@ -55,10 +55,9 @@ double lsp_cuda_tactic_density(const lsp_cuda_plan*, int tactic);
 /* The tactic's table, which launch wants in the device's memory, aligned to 16 bytes. */
 const void* lsp_cuda_table(const lsp_cuda_plan*, int tactic, size_t* bytes);
 
-/* Enqueues one kernel. All pointers are the device's, x, values, residual and y aligned to 16 bytes; bias and scale
- * are float32 [N], aligned to 16 bytes; scale is read for int8 values only, residual (which
- * may be y) where the plan has one.
- * stream is a cudaStream_t. May be captured into a CUDA graph once the tactic has run on the device. */
+/* Enqueues one kernel. All pointers are the device's and aligned to 16 bytes; bias and scale are float32 [N]. scale is
+ * read for int8 values only, residual where the plan has one; it may be y. stream is a cudaStream_t. May be captured into
+ * a CUDA graph once the tactic has run on the device. */
 const char* lsp_cuda_launch(const lsp_cuda_plan*, int tactic, int64_t M, const void* x, const void* values,
                             const float* bias, const float* scale, const void* residual, void* y, const void* table,
                             void* stream);
