@@ -41,16 +41,18 @@ void multiply_tile(const Tile& tile) {
     if (tile.prefetch != 0) {
       for (int line = 0; line < words * columns * 4; line += 64) __builtin_prefetch(w + tile.prefetch + line, 0, 2);
     }
-    LSP_UNROLL_4
-    for (int k = 0; k < words; ++k) {
-      typename Arithmetic::Word b[VECTORS];
+    for (int first = 0; first < words; first += 4) {
       LSP_UNROLL
-      for (int v = 0; v < VECTORS; ++v) b[v] = Arithmetic::load(w + (k * columns + v * V::lanes) * 4);
-      LSP_UNROLL
-      for (int r = 0; r < ROWS; ++r) {
-        const typename Arithmetic::Word a = Arithmetic::broadcast(x + (r * words + k) * 4);
+      for (int k = first; k < first + 4; ++k) {
+        typename Arithmetic::Word b[VECTORS];
         LSP_UNROLL
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = Arithmetic::step(sum[r][v], a, b[v]);
+        for (int v = 0; v < VECTORS; ++v) b[v] = Arithmetic::load(w + (k * columns + v * V::lanes) * 4);
+        LSP_UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+          const typename Arithmetic::Word a = Arithmetic::broadcast(x + (r * words + k) * 4);
+          LSP_UNROLL
+          for (int v = 0; v < VECTORS; ++v) sum[r][v] = Arithmetic::step(sum[r][v], a, b[v]);
+        }
       }
     }
     w += words * columns * 4;
