@@ -15,6 +15,8 @@ from lsp_deploy.plan import Plan, load_plan, save_plan
 from lsp_deploy.recipe import AMOUNTS, Recipe
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from lsp_deploy.allocation.pruning import Pruning
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.reporting.report import Report
@@ -112,7 +114,8 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         attention = None
         if plan.masks:
             first = evaluator.held_out.feeds(range(evaluator.batch) if prepared.fixed_batch else [0])
-            attention = attention_maps(prepared.canonical, compressed, first, threads=options.threads)
+            shown = _with_attention_weights(compressed, prepared, plan, target)
+            attention = attention_maps(prepared.canonical, shown, first, threads=options.threads)
     report = assemble(
         *(prepared, data, plan, removed, target, recipe, built, measured, stages.seconds, output, options.command),
         pruning=pruning,
@@ -190,6 +193,19 @@ def _plan(
     if decided is not None and options.plan is not None:
         return replay_plan(decided, prepared, target, options.plan), None
     return make_plan(prepared, data, evaluator, recipe, target, options.threads)
+
+
+def _with_attention_weights(compressed: ir.Model, prepared: PreparedModel, plan: Plan, target: Target) -> ir.Model:
+    """Return the compressed model with attention as exported: the operator that computes it whole shows no weights."""
+    from lsp_deploy.plan import AttentionDecision
+    from lsp_deploy.steps.apply import apply_plan
+
+    if plan.attention.kernel == "engine":
+        return compressed
+    exported = plan.branch()
+    exported.attention = AttentionDecision()
+    shapes = prepared.shapes.opt
+    return apply_plan(prepared.canonical, exported, prepared.original_io, shapes, kind=target.kind).model
 
 
 def _missed_budgets(report: Report, recipe: Recipe) -> list[str]:
