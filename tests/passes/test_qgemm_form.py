@@ -259,4 +259,6 @@ def test_any_shape(leading, dynamic, k, n, seed):
     QgemmFormPass(decided)(model)
     actual = run(model, x=x)["y"]
     assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-3 * np.abs(expected).max())
+    # The bias is rounded to steps of scale products.
+    step = np.abs(weight).max() / 127**2
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=0.51 * step + 1e-6)
