@@ -2,10 +2,12 @@
 
 Turns are blocks and not single calls because threads and caches need a moment to settle on an engine; blocks are
 short, so that a slow spell of the machine meets every engine alike. Only ratios within one run compare engines.
+With a power meter a block is as long as the meter's window, and latency and energy are of the same runs.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from lsp_deploy.engines.host import CpuMeter, available_cpus, cpu_governor, cpu_model, load_average
-from lsp_deploy.engines.protocol import Engine
+from lsp_deploy.engines.power.recording import Interval, PowerFigures, PowerRecorder
+from lsp_deploy.engines.protocol import DeviceTimed, Engine
 
 __all__ = ["Conditions", "Profile", "Ratio", "latency_ratio", "profile", "sweep"]
 
@@ -26,6 +29,7 @@ _MIN_ROUNDS = 3
 # Foreign load on top of the CPUs that an engine leaves idle, in CPUs, from which a block counts as disturbed: well
 # above what the 10 ms ticks of /proc/stat resolve in a block of 0.3 s.
 _DISTURBED_CPUS = 0.2
+_WALL_CLOCK = "wall clock around one call"
 
 
 class _Strict(BaseModel):
@@ -54,6 +58,12 @@ class Profile(_Strict):
     batch: int
     threads: int | None
     measured: Literal[True] = True
+    clock: str = Field(_WALL_CLOCK, description="what is timed")
+    regime: str = Field("back-to-back", description='"back-to-back", or the fixed rate of requests')
+    rate_per_s: float | None = Field(None, description="calls a second that were asked for; None: back-to-back")
+    missed_slots: int = Field(
+        0, description="of a fixed rate, those that found the engine still busy, and were left out"
+    )
     latency_min_ms: float
     latency_median_ms: float
     latency_mean_ms: float
@@ -61,7 +71,9 @@ class Profile(_Strict):
     latency_p99_ms: float
     latency_max_ms: float
     spread: float = Field(description="interquartile range over the median")
-    throughput_per_s: float = Field(description="samples a second: batch / median latency")
+    throughput_per_s: float = Field(
+        description="samples a second: batch / median latency; at a fixed rate, those served"
+    )
     runs: int = Field(description="timed calls behind these figures")
     blocks: int = Field(description="blocks behind these figures")
     disturbed_blocks: int = Field(
@@ -69,7 +81,8 @@ class Profile(_Strict):
     )
     discarded_blocks: int = Field(description="blocks left out because one of their round was disturbed")
     block_medians_ms: list[float] = Field(description="median latency of each block; entry i of all engines is round i")
-    power: str = "not measured"
+    power: PowerFigures | None = Field(None, description="of the same runs; None: not measured")
+    power_note: str = Field("not measured", description="why power was not measured; empty where it was")
     conditions: Conditions
 
 
@@ -85,6 +98,9 @@ class Ratio(_Strict):
 @dataclass(frozen=True)
 class _Block:
     milliseconds: list[float]
+    missed_slots: int
+    interval: Interval
+    state: dict[str, str]
     foreign_cpus: float | None
     disturbed: bool
 
@@ -98,6 +114,8 @@ def profile(
     warm_up: float = 0.5,
     block_seconds: float = 0.3,
     gap_seconds: float = 0.05,
+    rate_per_s: float | None = None,
+    power: PowerRecorder | None = None,
 ) -> dict[str, Profile]:
     """Measure `engines` in alternating blocks of one run and return a profile of each.
 
@@ -112,21 +130,28 @@ def profile(
         warm_up: seconds that each engine runs before the first block.
         block_seconds: length of a block; it ends with the call that passes it.
         gap_seconds: pause before a block, in which the previous engine's threads come to rest.
+        rate_per_s: calls a second; each begins in a slot of its own. None: each call begins when the last one ends.
+        power: records energy as well; idle power is measured before and after, which takes some 15 seconds or more.
     """
+    power = power or PowerRecorder(None, "not measured")
+    block_seconds = max(block_seconds, power.window_s)
     own_feeds = _feeds_by_label(engines, feeds)
     own_threads = {label: threads or engine.describe().threads for label, engine in engines.items()}
     load = load_average()
-    for label, engine in engines.items():
-        _run_for(warm_up, engine, own_feeds[label])
+    idle_before = power.idle()
+    calls = {label: _timed_call(engine, own_feeds[label]) for label, engine in engines.items()}
+    for call in calls.values():
+        _back_to_back(call, warm_up)
     rounds: list[dict[str, _Block]] = []
     seconds = dict.fromkeys(engines, 0.0)
     while len(rounds) < _MIN_ROUNDS or min(seconds.values()) < duration:
         blocks = {}
         for label in _turn(list(engines), len(rounds)):
             time.sleep(gap_seconds)
-            blocks[label] = _block(block_seconds, engines[label], own_feeds[label], own_threads[label])
-            seconds[label] += sum(blocks[label].milliseconds) / 1000
+            blocks[label] = _block(calls[label], block_seconds, own_threads[label], rate_per_s, power)
+            seconds[label] += blocks[label].interval.seconds
         rounds.append(blocks)
+    idle_after = power.idle()
     kept = _kept(rounds)
     foreign = [block.foreign_cpus for blocks in rounds for block in blocks.values() if block.foreign_cpus is not None]
     return {
@@ -137,6 +162,9 @@ def profile(
             own_threads[label],
             kept=[blocks[label] for blocks in kept],
             run=[blocks[label] for blocks in rounds],
+            rate_per_s=rate_per_s,
+            power=power,
+            idle=(idle_before, idle_after),
             conditions=Conditions(
                 cpu=cpu_model(),
                 cpus=len(available_cpus()),
@@ -193,27 +221,66 @@ def _turn(labels: list[str], number: int) -> list[str]:
     return labels if number % 2 == 0 else labels[::-1]
 
 
-def _run_for(seconds: float, engine: Engine, feeds: Feeds) -> list[float]:
-    """Call the engine until `seconds` have passed, at least once; returns the milliseconds of each call."""
+def _timed_call(engine: Engine, feeds: Feeds) -> Callable[[], float]:
+    """Return a call that runs the engine once and gives milliseconds: on the device's clock where it has one."""
+    if isinstance(engine, DeviceTimed):
+        return engine.timed_run(feeds)
+
+    def call() -> float:
+        start = time.perf_counter()
+        engine.run(feeds)
+        return (time.perf_counter() - start) * 1000
+
+    return call
+
+
+def _back_to_back(call: Callable[[], float], seconds: float) -> list[float]:
+    """Call until `seconds` have passed, at least once; returns the milliseconds of each call."""
     milliseconds = []
     begin = time.perf_counter()
     while True:
-        start = time.perf_counter()
-        engine.run(feeds)
-        end = time.perf_counter()
-        milliseconds.append((end - start) * 1000)
-        if end - begin >= seconds:
+        milliseconds.append(call())
+        if time.perf_counter() - begin >= seconds:
             return milliseconds
 
 
-def _block(seconds: float, engine: Engine, feeds: Feeds, threads: int | None) -> _Block:
+def _at_rate(call: Callable[[], float], seconds: float, rate_per_s: float) -> tuple[list[float], int]:
+    """Call at the slots of a fixed rate, for whole slots that fill `seconds`.
+
+    A slot that comes while the last call is still running is left out. Returns the milliseconds of each call, and how
+    many slots were left out.
+    """
+    milliseconds = []
+    slots = max(1, math.ceil(seconds * rate_per_s))
+    begin = time.perf_counter()
+    slot = 0
+    while slot < slots:
+        _sleep_until(begin + slot / rate_per_s)
+        milliseconds.append(call())
+        slot = max(slot + 1, math.ceil((time.perf_counter() - begin) * rate_per_s))
+    _sleep_until(begin + slots / rate_per_s)
+    return milliseconds, slots - len(milliseconds)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.perf_counter()))
+
+
+def _block(
+    call: Callable[[], float], seconds: float, threads: int | None, rate_per_s: float | None, power: PowerRecorder
+) -> _Block:
     meter = CpuMeter()
-    milliseconds = _run_for(seconds, engine, feeds)
+    begin = power.begin()
+    if rate_per_s is None:
+        milliseconds, missed_slots = _back_to_back(call, seconds), 0
+    else:
+        milliseconds, missed_slots = _at_rate(call, seconds, rate_per_s)
+    interval = power.since(begin)
     foreign = meter.foreign_cpus()
     cpus = len(available_cpus())
     spare = cpus - min(threads or cpus, cpus)
     disturbed = foreign is not None and foreign > spare + _DISTURBED_CPUS
-    return _Block(milliseconds=milliseconds, foreign_cpus=foreign, disturbed=disturbed)
+    return _Block(milliseconds, missed_slots, interval, power.state(), foreign, disturbed)
 
 
 def _kept(rounds: list[dict[str, _Block]]) -> list[dict[str, _Block]]:
@@ -229,18 +296,30 @@ def _summary(
     *,
     kept: list[_Block],
     run: list[_Block],
+    rate_per_s: float | None,
+    power: PowerRecorder,
+    idle: tuple[Interval, Interval],
     conditions: Conditions,
 ) -> Profile:
     latency = np.concatenate([block.milliseconds for block in kept])
     lower, median, upper, p90, p99 = (float(value) for value in np.percentile(latency, (25, 50, 75, 90, 99)))
     first = next(iter(feeds.values()))
     batch = len(first) if first.ndim else 1
+    regime = "back-to-back" if rate_per_s is None else f"{rate_per_s:g} requests/s"
+    seconds = sum(block.interval.seconds for block in kept)
+    figures = power.figures(
+        [block.interval for block in kept], idle, inferences=len(latency), regime=regime, state=kept[-1].state
+    )
     return Profile(
         label=label,
         backend=engine.backend,
         device=engine.describe().device or conditions.cpu,
         batch=batch,
         threads=threads,
+        clock=engine.clock if isinstance(engine, DeviceTimed) else _WALL_CLOCK,
+        regime=regime,
+        rate_per_s=rate_per_s,
+        missed_slots=sum(block.missed_slots for block in kept),
         latency_min_ms=float(latency.min()),
         latency_median_ms=median,
         latency_mean_ms=float(latency.mean()),
@@ -248,11 +327,13 @@ def _summary(
         latency_p99_ms=p99,
         latency_max_ms=float(latency.max()),
         spread=(upper - lower) / median,
-        throughput_per_s=1000 * batch / median,
+        throughput_per_s=batch * (1000 / median if rate_per_s is None else len(latency) / seconds),
         runs=len(latency),
         blocks=len(kept),
         disturbed_blocks=sum(block.disturbed for block in run),
         discarded_blocks=len(run) - len(kept),
         block_medians_ms=[float(np.median(block.milliseconds)) for block in kept],
+        power=figures,
+        power_note=power.note,
         conditions=conditions,
     )

@@ -44,6 +44,13 @@ app = typer.Typer(
 ModelArgument = Annotated[Path, typer.Argument(help="ONNX file.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 ShapesOption = Annotated[str | None, typer.Option("--shapes", help="Input shapes, as x:1x3x224x224.")]
+RateOption = Annotated[
+    float | None,
+    typer.Option("--rate", min=0.01, help="Requests a second, at fixed moments.  [default: back-to-back]"),
+]
+PowerOption = Annotated[
+    bool | None, typer.Option("--power/--no-power", help="Measure power and energy.  [default: where there is a meter]")
+]
 
 
 class Exporter(str, Enum):
@@ -207,10 +214,13 @@ def profile(
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
     duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of measuring a batch size.")] = 3.0,
     warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Seconds of warm-up a batch size.")] = 0.5,
+    rate: RateOption = None,
+    power: PowerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure MODEL's latency and throughput on this machine."""
+    """Measure MODEL's latency, throughput and power on this machine."""
     from lsp_deploy.comparing import profile_model, profile_table
+    from lsp_deploy.power_tables import power_tables
 
     console.configure(json=json)
     result = profile_model(
@@ -221,11 +231,14 @@ def profile(
         threads=jobs or available_cores(),
         duration=duration,
         warm_up=warm_up,
+        rate_per_s=rate,
+        power=power,
     )
     if json:
         _print_json({"profiles": [one.model_dump(mode="json") for one in result]})
     else:
-        console.show(profile_table(result))
+        for renderable in (profile_table(result), *power_tables(result)):
+            console.show(renderable)
 
 
 @app.command()
@@ -245,9 +258,11 @@ def compare(
     shapes: ShapesOption = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also measure the SQNR of every linear layer.")] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
+    rate: RateOption = None,
+    power: PowerOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare two models: fidelity on images, latency in one run."""
+    """Compare two models: fidelity on images, latency and power in one run."""
     from lsp_deploy.comparing import compare_models, comparison_tables
 
     console.configure(json=json)
@@ -263,6 +278,8 @@ def compare(
         shapes=_shapes(shapes),
         layers=layers,
         threads=jobs or available_cores(),
+        rate_per_s=rate,
+        power=power,
     )
     if json:
         _print_json(result.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""Two models side by side, or one alone: fidelity on the same images, latency in one run."""
+"""Two models side by side, or one alone: fidelity on the same images, latency and power in one run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from rich.console import RenderableType
     from rich.table import Table
 
     from lsp_deploy.data import Dataset
@@ -56,13 +57,16 @@ def compare_models(
     shapes: Shapes | None,
     layers: bool,
     threads: int,
+    rate_per_s: float | None = None,
+    power: bool | None = None,
 ) -> Comparison:
-    """Compare `compressed` with `dense`: answers on the same data, and latency in alternating blocks of one run.
+    """Compare `compressed` with `dense`: answers on the same data, latency and power in alternating blocks of one run.
 
-    16-bit models run as float32 twins: their time on this CPU says nothing about a GPU's.
+    16-bit models run as float32 twins: their time on this CPU says nothing about a GPU's. `rate_per_s` and `power` are
+    as in `profile_model`.
 
     Raises:
-        UserError: models whose inputs differ, or data that does not fit them.
+        UserError: models whose inputs differ, data that does not fit them, or no meter where power is wanted.
     """
     from lsp_deploy.model import load_model, resolve_shapes
     from lsp_deploy.recipe import NAMED_DATA
@@ -89,7 +93,14 @@ def compare_models(
         compressed=str(compressed),
         data=f"{data}: {len(dataset)} samples",
         fidelity=evaluator.fidelity(models["compressed"], "compressed model"),
-        profiles=_profiles(models, dataset, batches or _default_batches(models["dense"]), threads),
+        profiles=_profiles(
+            models,
+            dataset,
+            batches or _default_batches(models["dense"]),
+            threads,
+            rate_per_s=rate_per_s,
+            power=power,
+        ),
         layers=_layers(models, resolved, dataset, threads) if layers else [],
     )
 
@@ -103,11 +114,24 @@ def profile_model(
     threads: int,
     duration: float,
     warm_up: float,
+    rate_per_s: float | None = None,
+    power: bool | None = None,
 ) -> list[Profile]:
-    """Measure one model's latency and throughput on this host at every batch size.
+    """Measure one model's latency, throughput and power on this host at every batch size.
+
+    Args:
+        model: ONNX file.
+        target: name of the device that runs it.
+        batches: batch sizes; None: the model's own, or 1 and 8.
+        shapes: of its inputs, for what the model leaves open.
+        threads: CPU threads.
+        duration: seconds of measuring; with a power meter three of its windows at least.
+        warm_up: seconds before.
+        rate_per_s: requests a second; None: back-to-back.
+        power: True: a meter must be there; None: where there is one; False: no.
 
     Raises:
-        UserError: a target that is not here.
+        UserError: a target that is not here, or no meter where power is wanted.
     """
     from lsp_deploy.data import open_dataset
     from lsp_deploy.hardware.target import load_target
@@ -127,14 +151,23 @@ def profile_model(
         seed=0,
     )
     models = {model.name: loaded}
-    return _profiles(models, dataset, batches, threads, duration=duration, warm_up=warm_up)
+    return _profiles(
+        models,
+        dataset,
+        batches,
+        threads,
+        duration=duration,
+        warm_up=warm_up,
+        rate_per_s=rate_per_s,
+        power=power,
+    )
 
 
 def profile_table(profiles: Sequence[Profile]) -> Table:
     """Return a table of latencies and throughputs, one row a model and batch size."""
     from rich.table import Table
 
-    table = Table(title="measured on this host's CPU; power: not measured")
+    table = Table(title=f"measured on this host's CPU, {profiles[0].regime}")
     for column in ("model", "batch", "threads", "min ms", "median ms", "p90 ms", "p99 ms", "samples/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for one in profiles:
@@ -144,15 +177,17 @@ def profile_table(profiles: Sequence[Profile]) -> Table:
     return table
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Return the tables of a comparison: fidelity, latency, and layers where they were asked for."""
+def comparison_tables(comparison: Comparison) -> list[RenderableType]:
+    """Return the tables of a comparison: fidelity, latency, power, and layers where they were asked for."""
     from rich.table import Table
+
+    from lsp_deploy.power_tables import power_tables
 
     fidelity = Table(title=f"fidelity, {comparison.data}", show_header=False)
     for name, value in comparison.fidelity.model_dump().items():
         if value is not None:
             fidelity.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-    tables = [fidelity, profile_table(comparison.profiles)]
+    tables: list[RenderableType] = [fidelity, profile_table(comparison.profiles), *power_tables(comparison.profiles)]
     if comparison.layers:
         layers = Table(title="signal to noise of every linear layer's output, worst first")
         layers.add_column("layer")
@@ -187,10 +222,13 @@ def _profiles(
     *,
     duration: float = 3.0,
     warm_up: float = 0.5,
+    rate_per_s: float | None = None,
+    power: bool | None = None,
 ) -> list[Profile]:
     from contextlib import ExitStack
 
     from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+    from lsp_deploy.engines.power.finding import power_recorder
     from lsp_deploy.engines.profiler import profile
 
     results: list[Profile] = []
@@ -202,9 +240,18 @@ def _profiles(
         for label, engine in engines.items():
             for warning in engine.describe().warnings:
                 console.warn(f"{label}: {warning}")
+        recorder = stack.enter_context(power_recorder("cpu", power))
         for batch in batches:
             feeds = dataset.feeds([index % len(dataset) for index in range(batch)])
-            measured = profile(engines, feeds, threads=threads, duration=duration, warm_up=warm_up)
+            measured = profile(
+                engines,
+                feeds,
+                threads=threads,
+                duration=duration,
+                warm_up=warm_up,
+                rate_per_s=rate_per_s,
+                power=recorder,
+            )
             results.extend(measured.values())
             advance(1)
     return results

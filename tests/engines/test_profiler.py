@@ -90,7 +90,7 @@ def test_figures_of_known_latencies(clock, quiet):
     assert result.block_medians_ms == pytest.approx([2.5, 2.5, 2.5])
     assert (result.label, result.backend, result.device, result.threads) == ("a", "fake", "a fake", 2)
     assert result.measured is True
-    assert result.power == "not measured"
+    assert (result.power, result.power_note) == (None, "not measured")
     assert result.conditions.versions == {"fake": "1.2"}
     assert Profile.model_validate_json(result.model_dump_json()) == result
 
