@@ -47,10 +47,16 @@ def emulation(cache: Path) -> CudaLibrary:
 def compiled(sources: Path, folder: Path, optimization: str = "-O2") -> Path:
     """Compile the emulation of the kernels whose sources are in a folder; return the library."""
     target = folder / "emulation.so"
-    files = [sources / "emulation" / "emulate.cpp", sources / "src" / "plan.cpp"]
+    files = [
+        sources / "emulation" / "emulate.cpp",
+        sources / "src" / "plan.cpp",
+        "-xc++",
+        sources / "src" / "launch.cu",
+    ]
+    includes = [f"-I{sources / name}" for name in ("include", "emulation")]
     # Two of these libraries in one process must not share their static variables.
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-fno-gnu-unique"]
-    subprocess.run(["g++", optimization, *flags, f"-I{sources / 'include'}", *files, "-o", target], check=True)
+    subprocess.run(["g++", optimization, *flags, *includes, *files, "-o", target], check=True)
     return target
 
 
@@ -73,12 +79,27 @@ class Layer:
         residual = ir.DataType.from_numpy(self.residual.dtype) if self.residual is not None else None
         return library.plan(self.operator, self.values_type, residual)
 
-    def emulate(self, plan: Plan, tactic: int, grid: int = 2, m_chunk: int = 1, seed: int = 0) -> NDArray[Any]:
-        y = np.full((*self.x.shape[:-1], self.operator.N), 77, NUMPY[self.operator.out_type])
-        arrays = (self.x, self.values, self.bias, self.scale, self.residual, y, plan.table(tactic))
-        pointers = [array.ctypes.data if array is not None else None for array in arrays]
-        plan.emulate(tactic, len(self.x), pointers, grid=grid, m_chunk=m_chunk, seed=seed)
+    def run(self, plan: Plan, tactic: int) -> NDArray[Any]:
+        """Launch the kernel on the emulated device, with garbage around x, values and y."""
+        shape = (*self.x.shape[:-1], self.operator.N)
+        y = _among_garbage(np.full(shape, 77, NUMPY[self.operator.out_type]))
+        x, values = _among_garbage(self.x), _among_garbage(self.values)
+        arrays = (x, values, self.bias, self.scale, self.residual, y, plan.table(tactic))
+        plan.launch(tactic, len(x), [array.ctypes.data if array is not None else None for array in arrays], 0)
+        around = y.base.view(np.uint8)
+        assert (around[:_GARBAGE] == 0x7F).all() and (around[-_GARBAGE:] == 0x7F).all(), "written outside y"
         return y
+
+
+_GARBAGE = 256
+
+
+def _among_garbage(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy with garbage before and behind it: as floats and as integers it would be noticed."""
+    around = np.full(array.nbytes + 2 * _GARBAGE, 0x7F, np.uint8)
+    copy = np.ndarray(array.shape, array.dtype, around, offset=_GARBAGE)
+    copy[...] = array
+    return copy
 
 
 def make_layer(

@@ -1,6 +1,6 @@
 """The C library of the GPU kernels, from Python: for tests, benchmarks, and a plugin written in Python.
 
-Nothing here needs a GPU but `Plan.launch`, and a library that only emulates the kernels is loaded as well.
+Nothing here needs a GPU but `Plan.launch`, and that neither where the library is an emulation (emulation/).
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ _SIGNATURES = {
     "lsp_cuda_tactic_density": (ctypes.c_double, _Pointer, ctypes.c_int),
     "lsp_cuda_table": (_Pointer, _Pointer, ctypes.c_int, ctypes.POINTER(ctypes.c_size_t)),
     "lsp_cuda_launch": (ctypes.c_char_p, _Pointer, *_OPERANDS, _Pointer),
-    "lsp_cuda_emulate": (ctypes.c_char_p, _Pointer, *_OPERANDS, ctypes.c_int, ctypes.c_int, ctypes.c_uint),
 }
 
 
@@ -68,8 +67,8 @@ class CudaLibrary:
     def __init__(self, path: Path) -> None:
         self.c = ctypes.CDLL(str(path))
         for name, (result, *arguments) in _SIGNATURES.items():
-            if (function := getattr(self.c, name, None)) is not None:
-                function.restype, function.argtypes = result, arguments
+            function = getattr(self.c, name)
+            function.restype, function.argtypes = result, arguments
 
     def plan(
         self, operator: BlockSparseLinear, values_type: ir.DataType, residual_type: ResidualType | None = None
@@ -150,24 +149,6 @@ class Plan:
             ValueError: it was not launched, and why.
         """
         _raise(self._c.lsp_cuda_launch(self._handle, tactic, rows, *pointers, stream))
-
-    def emulate(
-        self, tactic: int, rows: int, pointers: Sequence[int | None], *, grid: int, m_chunk: int, seed: int
-    ) -> None:
-        """Run one kernel on this CPU, where the library emulates; `pointers` are the host's.
-
-        Args:
-            tactic: its number.
-            rows: M.
-            pointers: as for `launch`.
-            grid: thread blocks.
-            m_chunk: row tiles after which the next column tile comes.
-            seed: of the order in which warps run.
-
-        Raises:
-            ValueError: a mistake in the kernel that the emulation notices, or arguments that it refuses.
-        """
-        _raise(self._c.lsp_cuda_emulate(self._handle, tactic, rows, *pointers, grid, m_chunk, seed))
 
 
 def _raise(error: bytes | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from cuda_emulation import NUMPY, SHAPES, Layer, emulation, expected, make_layer, small_integers
+from cuda_emulation import SHAPES, Layer, emulation, expected, make_layer, small_integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -61,14 +61,15 @@ def integer_layers(draw: st.DrawFn) -> Layer:
     )
 
 
-@given(integer_layers(), st.integers(1, 5), st.integers(1, 3), st.integers(0, 1 << 30))
+@given(integer_layers(), st.integers(1, 5), st.sampled_from((1, 1 << 15, 1 << 26)), st.integers(0, 1 << 30))
 @settings(max_examples=150, deadline=None)
 def test_every_tactic_is_exact_on_integers(
-    library: CudaLibrary, layer: Layer, grid: int, m_chunk: int, seed: int
+    library: CudaLibrary, layer: Layer, multiprocessors: int, l2_bytes: int, seed: int
 ) -> None:
+    library.c.lsp_cuda_emulated_device(multiprocessors, l2_bytes, seed)
     with layer.plan(library) as plan:
         for tactic in range(len(plan.tactics)):
-            y = layer.emulate(plan, tactic, grid, m_chunk, seed)
+            y = layer.run(plan, tactic)
             np.testing.assert_array_equal(y, expected(layer), err_msg=plan.tactics[tactic])
 
 
@@ -92,7 +93,7 @@ def test_reals_agree_with_float64(library: CudaLibrary, values_type: ir.DataType
         exact = expected(layer, ir.DataType.FLOAT)
         with layer.plan(library) as plan:
             for tactic, name in enumerate(plan.tactics):
-                y = layer.emulate(plan, tactic).astype(np.float32)
+                y = layer.run(plan, tactic).astype(np.float32)
                 rounding = 2**-8 if values_type == BFLOAT16 else 2**-11
                 np.testing.assert_allclose(y, exact, rtol=rounding, atol=1e-5, err_msg=name)
 
@@ -103,7 +104,7 @@ def test_int8_sums_are_exact(library: CudaLibrary) -> None:
     layer.scale[:] = 2**-8
     with layer.plan(library) as plan:
         for tactic in range(len(plan.tactics)):
-            np.testing.assert_array_equal(layer.emulate(plan, tactic), expected(layer))
+            np.testing.assert_array_equal(layer.run(plan, tactic), expected(layer))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
@@ -116,7 +117,7 @@ def test_activations_hold_over_their_whole_range(library: CudaLibrary, activatio
     layer.bias[:] = 0
     layer.x[:] = x
     with layer.plan(library) as plan:
-        y = layer.emulate(plan, 0).astype(np.float32)
+        y = layer.run(plan, 0).astype(np.float32)
     np.testing.assert_allclose(y, expected(layer, ir.DataType.FLOAT), rtol=2**-11, atol=2e-6)
 
 
@@ -129,7 +130,7 @@ def test_infinite_and_missing_numbers_pass_through(library: CudaLibrary, activat
     layer.bias[0], layer.bias[1] = np.inf, -np.inf
     layer.x[0] = np.nan
     with layer.plan(library) as plan:
-        y = layer.emulate(plan, 0)
+        y = layer.run(plan, 0)
     assert np.isnan(y[0]).all()
     assert (y[1:, 0] == np.inf).all()
     assert (y[1:, 1] == (-np.inf if activation == "none" else 0)).all()
@@ -147,7 +148,7 @@ def test_clustering_lets_tiles_share_their_slices(library: CudaLibrary) -> None:
     with layer.plan(library) as plan:
         assert plan.density(plan.tactics.index("64x64")) == 0.5
         for tactic in range(len(plan.tactics)):
-            np.testing.assert_array_equal(layer.emulate(plan, tactic), expected(layer))
+            np.testing.assert_array_equal(layer.run(plan, tactic), expected(layer))
 
 
 def test_a_wrong_order_of_values_is_noticed(library: CudaLibrary) -> None:
@@ -157,7 +158,7 @@ def test_a_wrong_order_of_values_is_noticed(library: CudaLibrary) -> None:
     layer.values = np.ascontiguousarray(lanes[:, [1, 0, *range(2, 32)]]).reshape(layer.values.shape)
     with layer.plan(library) as plan:
         for tactic in range(len(plan.tactics)):
-            assert not np.allclose(layer.emulate(plan, tactic), right, atol=1e-2)
+            assert not np.allclose(layer.run(plan, tactic), right, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,6 @@ def test_misaligned_operands_are_refused(library: CudaLibrary) -> None:
     layer = make_layer(
         4, (64, 64), (32, 32), density=1, values_type=FLOAT16, draw=small_integers, seed=0, out_type=FLOAT16
     )
-    layer.x = np.zeros(4 * 64 + 1, NUMPY[FLOAT16])[1:].reshape(4, 64)
+    pointers = [8, *[16] * 6]
     with layer.plan(library) as plan, pytest.raises(ValueError, match="aligned to 16 bytes"):
-        layer.emulate(plan, 0)
+        plan.launch(0, 4, pointers, 0)

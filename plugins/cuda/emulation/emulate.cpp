@@ -1,7 +1,7 @@
-// The kernels on the CPU: thread blocks one after the other, the threads of one block as coroutines.
+// A GPU made up on the CPU: the CUDA runtime as far as src/launch.cu uses it, where a launch runs the kernel at once:
+// thread blocks one after the other, the threads of one block as coroutines.
 //
-// lsp_cuda_emulate is lsp_cuda_launch with the host's pointers and what a device decides: grid, m_chunk, the order of
-// warps.
+// With src/plan.cpp and src/launch.cu this makes a library with the C API of the real one, for pointers of the host.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -13,6 +13,7 @@
 
 #include "../src/plan.h"
 #include "../src/tiles.h"
+#include "cuda_runtime.h"
 
 namespace lsp_cuda {
 
@@ -41,15 +42,16 @@ struct Thread {
   static constexpr size_t STACK = 64 << 10;
 };
 
-struct Range {
-  const void* from;
-  int64_t bytes;
-};
-
 class Machine {
  public:
-  Machine(const Kernel& kernel, const Arguments& arguments, std::vector<Range> readable, int grid, unsigned seed)
-      : kernel_(kernel), arguments_(arguments), readable_(std::move(readable)), grid_(grid), random_(seed) {}
+  Machine(void (*function)(Arguments), const Arguments& arguments, int grid, int threads, size_t shared_bytes,
+          unsigned seed)
+      : function_(function),
+        arguments_(arguments),
+        grid_(grid),
+        thread_count_(threads),
+        shared_(shared_bytes),
+        random_(seed) {}
 
   void run() {
     for (block_ = 0; block_ < grid_; ++block_) run_block();
@@ -65,7 +67,7 @@ class Machine {
   }
 
   void copy(const Copy& copy) {
-    if (copy.bytes > 0 && !is_readable(copy)) fail("cp.async reads outside x and values");
+    if (copy.bytes > 0 && reinterpret_cast<uintptr_t>(copy.from) % CHUNK_BYTES != 0) fail("cp.async: not aligned");
     std::memset(shared(copy.to, CHUNK_BYTES), 0x7f, CHUNK_BYTES);  // as floats and as integers it would be noticed
     threads_[running_].copies.push_back(copy);
   }
@@ -102,10 +104,10 @@ class Machine {
 
  private:
   void run_block() {
-    shared_.assign(kernel_.shared_bytes, 0x7f);
+    std::fill(shared_.begin(), shared_.end(), 0x7f);
     threads_.clear();
-    threads_.resize(kernel_.threads);
-    std::vector<int> warps(kernel_.threads / 32);
+    threads_.resize(thread_count_);
+    std::vector<int> warps(thread_count_ / 32);
     std::iota(warps.begin(), warps.end(), 0);
     while (threads_[0].state != Thread::DONE) {
       std::shuffle(warps.begin(), warps.end(), random_);
@@ -199,22 +201,12 @@ class Machine {
       }
   }
 
-  bool is_readable(const Copy& copy) const {
-    for (const Range& range : readable_) {
-      const auto offset = static_cast<const uint8_t*>(copy.from) - static_cast<const uint8_t*>(range.from);
-      if (offset >= 0 && offset + copy.bytes <= range.bytes &&
-          reinterpret_cast<uintptr_t>(copy.from) % CHUNK_BYTES == 0)
-        return true;
-    }
-    return false;
-  }
-
-  const Kernel& kernel_;
+  void (*function_)(Arguments);
   const Arguments& arguments_;
-  std::vector<Range> readable_;
-  int grid_, block_ = 0, running_ = 0;
-  std::mt19937 random_;
+  const int grid_, thread_count_;
+  int block_ = 0, running_ = 0;
   std::vector<uint8_t> shared_;
+  std::mt19937 random_;
   std::vector<Thread> threads_;
   jmp_buf scheduler_;
   std::string error_;
@@ -223,7 +215,7 @@ class Machine {
 thread_local Machine* machine;
 
 void Machine::enter() {
-  machine->kernel_.function(machine->arguments_);
+  machine->function_(machine->arguments_);
   machine->suspend(Thread::DONE);
 }
 
@@ -241,18 +233,46 @@ void copy_async_wait(int pending) { machine->wait(pending); }
 
 }  // namespace lsp_cuda
 
-using namespace lsp_cuda;
+namespace {
 
-extern "C" const char* lsp_cuda_emulate(const lsp_cuda_plan* plan, int tactic, int64_t M, const void* x,
-                                        const void* values, const float* bias, const float* scale, const void* residual,
-                                        void* y, const void* table, int grid, int m_chunk, unsigned seed) {
-  return reported([&] {
-    const Table& of = plan->tactic(tactic);
-    Arguments arguments = plan->arguments(of, {M, x, values, bias, scale, residual, y, table});
-    arguments.m_chunk = m_chunk;
-    Machine emulated(of.kernel, arguments, {{x, M * arguments.k_bytes}, {values, plan->sub_blocks * SUB_BLOCK_BYTES}},
-                     grid, seed);
+struct Device {
+  int number = 0, multiprocessors = 2, l2_bytes = 1 << 16;
+  unsigned seed = 0;
+};
+Device device;
+std::string launch_error;
+
+}  // namespace
+
+const char* cudaGetErrorString(cudaError_t) { return launch_error.c_str(); }
+cudaError_t cudaGetDevice(int* number) {
+  *number = device.number;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? device.multiprocessors : device.l2_bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 threads, void** arguments, size_t shared_bytes,
+                             cudaStream_t) {
+  using namespace lsp_cuda;
+  const char* error = reported([&] {
+    Machine emulated(reinterpret_cast<void (*)(Arguments)>(const_cast<void*>(function)),
+                     *static_cast<const Arguments*>(arguments[0]), grid.x, threads.x, shared_bytes, device.seed);
     machine = &emulated;
     emulated.run();
   });
+  if (error == nullptr) return cudaSuccess;
+  launch_error = error;
+  return cudaErrorLaunchFailure;
+}
+
+// From now on the device is another one; seed decides in which order warps run.
+extern "C" void lsp_cuda_emulated_device(int multiprocessors, int l2_bytes, unsigned seed) {
+  device = {device.number + 1, multiprocessors, l2_bytes, seed};
 }
