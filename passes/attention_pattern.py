@@ -61,8 +61,6 @@ class FoundAttention:
 
     sizes: tuple[int, int, int, int, int]
     """Batch, heads, queries, keys, size of a head. Batch, queries and keys may stand for names (`ConcreteSizes`)."""
-    tokens: tuple[int | None, int | None]
-    """Queries and keys, where they are numbers in the graph."""
     q: Operand
     k: Operand
     v: Operand
@@ -94,6 +92,9 @@ def find_attention(node: ir.Node, sizes: ConcreteSizes) -> FoundAttention:
     found = _around_attention(node, sizes) if node.op_type == "Attention" else _around_softmax(node, sizes)
     if found.y.dtype != ir.DataType.FLOAT:
         raise UnfitError(f"it computes in {found.y.dtype}")
+    _, heads, _, _, size = found.sizes
+    if sizes.has_name(heads) or sizes.has_name(size):
+        raise UnfitError("how many heads there are, or how large they are, is not known")
     return found
 
 
@@ -121,7 +122,6 @@ def _around_softmax(softmax: ir.Node, sizes: ConcreteSizes) -> FoundAttention:
     rows = _rows_of(y, y_shape, sizes)
     return FoundAttention(
         (batch, heads, queries, keys, size),
-        (_number(weights, 2), _number(weights, 3)),
         _operand(left, HEADS_FIRST, (batch, queries, heads, size), sizes, scalable=True),
         _operand(right, _TRANSPOSED_HEADS, (batch, keys, heads, size), sizes, scalable=True),
         _operand(product.inputs[1], HEADS_FIRST, (batch, keys, heads, size), sizes, scalable=False),
@@ -165,7 +165,6 @@ def _around_attention(node: ir.Node, sizes: ConcreteSizes) -> FoundAttention:
     y_rows = y if rows or y_shape is None else _rows_of(y, y_shape, sizes)
     return FoundAttention(
         (batch, heads, queries, keys, size),
-        (_number(q, -2), _number(k, -2)),
         _operand(q, layout, (batch, queries, heads, size), sizes, scalable=True),
         _operand(k, layout, (batch, keys, heads, size), sizes, scalable=True),
         _operand(v, layout, (batch, keys, heads, size), sizes, scalable=False),
@@ -232,10 +231,12 @@ def _source(
         return None
     columns = math.prod(shape) // (batch * tokens)
     whole = View.whole(shape).reshaped((batch, tokens, columns))
-    part = None if whole is None or view.offset + heads * size > columns else whole.cut(2, view.offset, heads * size)
-    expected = part if part is None or layout is None else part.reshaped(rows)
-    if expected is not None and layout is not None:
-        expected = expected.transposed(layout)
+    expected = (
+        None if whole is None or view.offset + heads * size > columns else whole.cut(2, view.offset, heads * size)
+    )
+    if layout is not None and expected is not None:
+        by_head = expected.reshaped(rows)
+        expected = None if by_head is None else by_head.transposed(layout)
     return Rows(value, columns, view.offset, scale) if expected == view else None
 
 
@@ -254,8 +255,3 @@ def _rows_of(y: ir.Value, shape: tuple[int, ...], sizes: ConcreteSizes) -> ir.Va
         value = readers[0].outputs[0]
         view = view.through(value, sizes)
     return None
-
-
-def _number(value: ir.Value | None, axis: int) -> int | None:
-    size = value.shape[axis] if value is not None and value.shape is not None else None
-    return size if isinstance(size, int) else None

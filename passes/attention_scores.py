@@ -79,9 +79,8 @@ def scaled_input(node: ir.Node) -> tuple[ir.Value, float] | None:
         factor = constant_scalar(number)
         if x is None or factor is None or constant_array(x) is not None:
             continue
-        if len(x.shape or ()) != len(node.outputs[0].shape or ()) or not math.isfinite(factor):
-            continue
-        return (x, factor) if node.op_type == "Mul" else (x, 1 / factor)
+        if len(x.shape or ()) == len(node.outputs[0].shape or ()) and factor and math.isfinite(factor):
+            return (x, factor) if node.op_type == "Mul" else (x, 1 / factor)
     return None
 
 
@@ -122,7 +121,7 @@ def _read_choice(where: ir.Node, sizes: ConcreteSizes) -> Scores:
     low = a if b is None else b
     if condition is None or low is None or low.size != 1 or low.item() > _MASKED:
         raise UnfitError("which scores are masked is not constant, or masked scores are not low")
-    kept = condition if a is None else ~condition
+    kept = np.atleast_1d(condition if a is None else ~condition)
     if not kept.any(-1).all():
         raise UnfitError("a query has no key that is not masked")
     scores = read_scores(where.inputs[1 if a is None else 2], sizes)

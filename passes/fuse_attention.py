@@ -19,6 +19,7 @@ from lsp_deploy.passes.attention_pattern import (
     is_candidate,
 )
 from lsp_deploy.passes.attention_scores import UnfitError
+from lsp_deploy.passes.infer_shapes import InferShapesPass
 from lsp_deploy.passes.layer_weights import add_initializer
 from lsp_deploy.passes.node_names import name_beside
 from lsp_deploy.passes.strided_views import ConcreteSizes
@@ -63,6 +64,7 @@ class FuseAttentionPass(ir.passes.InPlacePass):
             model.opset_imports[DOMAIN] = VERSION
             RemoveUnusedNodesPass()(model)
             NameFixPass()(model)
+            InferShapesPass()(model)
         return ir.passes.PassResult(model, modified=self.found > 0)
 
 
@@ -78,18 +80,18 @@ class _Fusion:
     def write(self, compute: Compute) -> None:
         """Replace y by the output of an lsp::Attention."""
         found = self._found
-        _, heads, _, _, size = found.sizes
+        _, heads, queries, keys, size = found.sizes
         if size > MAX_HEAD_SIZE:
             raise UnfitError(f"its heads have {size} channels, more than {MAX_HEAD_SIZE}")
         array = self._checked_biases()  # after this nothing is refused, and the graph changes
         packed = self._packed(heads * size)
         if packed is not None:
-            operands = [self._as_rank_3(packed[0], found.tokens[0])]
+            operands = [self._as_rank_3(packed[0], queries)]
             scale = packed[0].scale * packed[1].scale
         else:
             written = [
                 self._written(operand, tokens, heads * size)
-                for operand, tokens in zip((found.q, found.k, found.v), (*found.tokens, found.tokens[1]), strict=True)
+                for operand, tokens in ((found.q, queries), (found.k, keys), (found.v, keys))
             ]
             operands = [value for value, _ in written]
             scale = written[0][1] * written[1][1]
@@ -104,14 +106,14 @@ class _Fusion:
             parts = [q]
             for operand, first in ((self._found.k, width), (self._found.v, 2 * width)):
                 parts += [rows for rows in operand.sources if rows.value is q.value and rows.first == first]
-            usable = q.rank == 3 or self._found.tokens[0] is not None
+            usable = q.rank == 3 or self._is_known(self._found.sizes[2])
             if len(parts) == 3 and q.first == 0 and q.columns == 3 * width and usable:
                 return parts
         return None
 
-    def _written(self, operand: Operand, tokens: int | None, width: int) -> tuple[ir.Value, float]:
+    def _written(self, operand: Operand, tokens: int, width: int) -> tuple[ir.Value, float]:
         """Return q, k or v as [B, S, H·D], and what it has to be multiplied with."""
-        usable = [rows for rows in operand.sources if rows.rank == 3 or tokens is not None]
+        usable = [rows for rows in operand.sources if rows.rank == 3 or self._is_known(tokens)]
         if not usable:
             return self._transposed(operand), operand.scale
         rows = min(usable, key=lambda rows: (rows.rank != 3, rows.columns != width))
@@ -136,11 +138,11 @@ class _Fusion:
             value = self._insert("Transpose", [value], [ir.AttrInt64s("perm", order)])
         return self._reshaped(value, [0, 0, -1])
 
-    def _as_rank_3(self, rows: Rows, tokens: int | None) -> ir.Value:
-        if rows.rank == 3:
-            return rows.value
-        assert tokens is not None
-        return self._reshaped(rows.value, [-1, tokens, rows.columns])
+    def _as_rank_3(self, rows: Rows, tokens: int) -> ir.Value:
+        return rows.value if rows.rank == 3 else self._reshaped(rows.value, [-1, tokens, rows.columns])
+
+    def _is_known(self, tokens: int) -> bool:
+        return not self._sizes.has_name(tokens)
 
     def _checked_biases(self) -> NDArray[np.float32] | None:
         """Return the sum of all constants, and see whether everything that is added to the scores can be a bias."""
@@ -156,7 +158,7 @@ class _Fusion:
             fits = shape[1] in (1, heads) and shape[2] in (1, queries) and shape[3] in (1, keys)
             if not fits or shape[0] not in (1, repeats) or batch % repeats:
                 raise UnfitError(f"something of shape {list(shape)} is added to its scores")
-            if shape[2:] != (queries, keys) and None in self._found.tokens:
+            if shape[2:] != (queries, keys) and not (self._is_known(queries) and self._is_known(keys)):
                 raise UnfitError("what is added to its scores is not known to be of their size")
         return sum(self._found.arrays[1:], self._found.arrays[0]) if self._found.arrays else None
 

@@ -26,6 +26,7 @@ class ConcreteSizes:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
+        self._named: set[int] = set()
 
     def of(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """Return the shape of a value in numbers, None if a size is zero or has not even a name."""
@@ -33,6 +34,10 @@ class ConcreteSizes:
             return None
         sizes = tuple(number for size in value.shape if (number := self._number(size)))
         return sizes if len(sizes) == len(value.shape) else None
+
+    def has_name(self, number: int) -> bool:
+        """Return whether a number that `of` gave stands for a name, or for an expression with one."""
+        return number in self._named
 
     def _number(self, size: int | ir.SymbolicDim) -> int | None:
         if isinstance(size, int):
@@ -43,7 +48,10 @@ class ConcreteSizes:
             if name not in self._numbers:
                 self._numbers[name] = _prime_above(max(self._numbers.values(), default=_FIRST_PRIME))
         number = size.evaluate(self._numbers)
-        return number if isinstance(number, int) else None
+        if not isinstance(number, int):
+            return None
+        self._named.add(number)
+        return number
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,18 @@ LEFT = {
 }
 
 
+def test_an_unknown_number_of_heads_is_left() -> None:
+    x = ", ".join(f"float[N, H, 5, 8] {name}" for name in "qkv")
+    rewrite = FuseAttentionPass()
+    rewrite(canonicalize(example(SCALED, WEIGHTED.replace("o =", "y ="), x=x, y="float[N, H, 5, 8] y"), max_opset=20))
+    assert list(rewrite.left.values()) == ["how many heads there are, or how large they are, is not known"]
+
+
+def test_values_have_types_and_shapes_afterwards() -> None:
+    fused, _ = fuse(example(next(iter(COPIED)), SCALED, OUT))
+    assert all(value.shape is not None and value.dtype for node in fused.graph for value in node.outputs)
+
+
 @pytest.mark.parametrize("case", LEFT)
 def test_what_cannot_be_fused_is_left_with_a_reason(case: str) -> None:
     *nodes, also, reason = LEFT[case]

@@ -145,6 +145,9 @@ def test_names_stand_for_numbers() -> None:
     second = sizes.of(ir.Value(name="y", shape=ir.Shape([windows, ir.SymbolicDim("tokens")])))
     assert first is not None and second is not None
     assert second[0] == 16 * first[0] and second[1] != first[0]
+    (more,) = sizes.of(ir.Value(name="more", shape=ir.Shape([batch + 1]))) or (0,)
+    assert more == first[0] + 1 and sizes.has_name(more)
+    assert sizes.has_name(first[0]) and sizes.has_name(second[0]) and not sizes.has_name(4)
     assert sizes.of(ir.Value(name="z", shape=ir.Shape([unknown, 4]))) is None
     assert sizes.of(ir.Value(name="z")) is None
     assert sizes.of(None) is None
