@@ -13,7 +13,8 @@ printf 'torch==2.13.0\ntorchvision==0.28.0\n' |
     uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --no-annotate \
         --constraints - --extra dev --extra tensorrt-rtx --extra torch pyproject.toml |
     # Linux only; TensorRT-RTX has wheels for x86-64 only.
-    sed -E "/^(nvidia-|cuda-|triton)|sys_platform == '(win32|emscripten)'/d
+    sed -E "/^nvidia-ml-py/b
+        /^(nvidia-|cuda-|triton)|sys_platform == '(win32|emscripten)'/d
         s/( and| ;) sys_platform != 'emscripten'//
         /^tensorrt-rtx/ s/$/ ; platform_machine == 'x86_64'/" >> requirements-dev.txt.new
 mv requirements-dev.txt.new requirements-dev.txt
