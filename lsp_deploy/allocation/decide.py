@@ -46,6 +46,8 @@ def decide(question: Question) -> tuple[Plan, Pruning | None]:
     typed_loss = _typed_loss(question, plan)
     budget = question.max_drop + (typed_loss if recipe.max_drop is None else 0.0)
     _bound_int8(question, plan, budget)
+    if recipe.sparsity == "auto" or (recipe.sparsity == "block" and keep is None):
+        plan = decide_execution(question, plan, budget)  # what bf16 loses counts when zeros are added
     added: Pruning | None = None
     if recipe.sparsity == "block" and keep is None:
         plan, added = blocks_within_loss(question, plan, budget)

@@ -1,8 +1,8 @@
 """What runs each layer on a CPU: the fastest of what was timed on this machine that its precision allows.
 
 Under `--precision auto` an int8 layer that another type runs faster is not int8, and bf16 is taken where it is the
-fastest and the loss on held-out images allows it. That is checked once, for all layers and attention together: bf16
-hardly loses anything.
+fastest and the loss on held-out images allows it. That is checked for all layers and attention together: bf16 hardly
+loses anything.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lsp_deploy.plan import AttentionDecision, ExecutionDecision, LayerPlan, Pla
 if TYPE_CHECKING:
     from lsp_deploy.hardware.target import ElementType
 
-_WORTH = 0.05  # of the time: for less, nothing is rounded to bf16
-_BF16 = "lsp bf16"
-_Name = TypeVar("_Name", bound=str)
-
 __all__ = ["block_density", "decide_execution", "expected_type", "least_time_us", "linear_time_us"]
+
+_WORTH = 0.05  # of the time: for less, nothing is rounded to bf16
+_BF16_ATTENTION = "lsp bf16"
+_Name = TypeVar("_Name", bound=str)
 
 _KERNELS: dict[str, Literal["engine", "block_sparse", "qgemm"]] = {
     "matmul": "engine",
@@ -124,7 +124,7 @@ def _attention(timings: CpuTimings, *, bf16: bool) -> AttentionDecision:
     times = {name: round(time, 2) for name, time in timings.attention.items()}
     if not times:
         return AttentionDecision(reason="left to the engine: no attention of a form that the operator takes was found")
-    chosen = _best({name: time for name, time in times.items() if bf16 or name != _BF16}, _BF16)
+    chosen = _best({name: time for name, time in times.items() if bf16 or name != _BF16_ATTENTION}, _BF16_ATTENTION)
     others = "".join(f"; {name} {_us(time)}" for name, time in times.items() if name != chosen)
     return AttentionDecision(
         kernel="lsp" if chosen.startswith("lsp") else "engine",
@@ -145,12 +145,14 @@ def _retyped(plan: Plan, timings: CpuTimings, *, bf16: str | None) -> Plan:
         asked, now = layer.precision.asked, layer.precision.dtype
         if asked != "auto":
             continue
-        density = block_density(result, layer)
-        least = _times_by_type(layer, timings.layers[layer.name], density, bf16=bf16 is not None)
+        times, density = timings.layers[layer.name], block_density(result, layer)
+        least = _times_by_type(layer, times, density, bf16=bf16 is not None)
         best = _best(least, "bf16")
         if best == now:
             continue
-        why = f"{best}: {_us(least[best])}, {now} takes {_us(least[now])} ({timings.conditions})"
+        why = (
+            f"{best}: {_us(least[best])}, {now} takes {_us(float(times.least_us(now, density)))} ({timings.conditions})"
+        )
         if best == "bf16":
             why += f"; {bf16}"
         layer.precision = PrecisionDecision(
@@ -161,9 +163,11 @@ def _retyped(plan: Plan, timings: CpuTimings, *, bf16: str | None) -> Plan:
 
 def _times_by_type(layer: LayerPlan, times: LayerTimes, density: float, *, bf16: bool) -> dict[ElementType, float]:
     """Return the least microseconds in each type that a layer may have: `auto` may go back from int8 to a wider one."""
-    allowed: list[ElementType] = [layer.precision.dtype]
+    decided = layer.precision.dtype
+    allowed: list[ElementType] = [decided]
     if layer.precision.asked == "auto":
-        allowed += ["fp32", "bf16"] if bf16 else ["fp32"]
+        allowed = ["int8", "fp32"] if decided == "int8" else ["fp32"]
+        allowed += ["bf16"] if bf16 else []
     return {dtype: float(times.least_us(dtype, density)) for dtype in allowed if times.usable(dtype)}
 
 

@@ -167,6 +167,17 @@ def test_bf16_is_taken_back_once_where_the_loss_does_not_allow_it(ask: Ask) -> N
     assert "above 1 points" in plan.attention.reason
 
 
+def test_what_bf16_loses_counts_when_zeros_are_added(ask: Ask) -> None:
+    def loss(plan: Plan) -> float:
+        zeros = sum(layer.sparsity.zeros for layer in plan.layers) / len(inside(plan))
+        return (0.4 if uses_bf16(plan) else 0.0) + zeros
+
+    plan, pruning = decide(ask(loss, sparsity="auto", precision="auto", max_drop=1.0))
+    assert pruning is not None and uses_bf16(plan)
+    assert plan.attention.compute == "bf16"
+    assert 0.3 < loss(plan) - 0.4 <= 0.6, "zeros take what bf16 leaves of the budget"
+
+
 def test_without_a_class_output_bf16_is_taken_and_the_reason_says_so(ask: Ask) -> None:
     plan, _ = decide(ask(None, precision="auto"))
     head = plan.layers[-1]
