@@ -30,7 +30,7 @@ _WRAPPED = re.compile(
     re.DOTALL,
 )
 _KINDS_THAT_SAY_NOTHING = frozenset({"API Usage Error", "Internal Error", "Myelin"})
-_ASSERTION = re.compile(r"Assertion failed: .*?: (?=[A-Z])|\w+ && (?=\")")
+_ASSERTION = re.compile(r"Assertion failed: .*?: (?=[A-Z])|(?:Assertion failed: )?\w+ && (?=\")")
 _PARSING = re.compile(r"Parsing node: (?P<node>.*) \[(?P<operator>\w+)\]")
 
 
