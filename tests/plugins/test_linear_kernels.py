@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_kernels import FLOAT32, INT8, KernelError, Linear, ThreadPool, canonical_values, random_blocks
 
+from lsp_deploy.plugins.block_sparse.operator import BlockSparseLinear
+from lsp_deploy.plugins.block_sparse.reference import block_sparse_linear
+
 ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_dot", "neon", "portable")
 FLOATS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -291,3 +294,27 @@ def test_the_environment_caps_the_instruction_set(native_library: Path, kernels:
     assert kernel_or_reason("sse9") == f"LSP_ISA=sse9 is not a known instruction set; usable here: {' '.join(usable)}"
     missing = next(name for name in ISAS if name not in usable)
     assert kernel_or_reason(missing) == f"LSP_ISA={missing}: this CPU cannot run it, only: {' '.join(usable)}"
+
+
+@pytest.mark.parametrize("type_name", [*FLOATS, "int8"])
+def test_agrees_with_the_reference(kernels: ctypes.CDLL, isa: str, type_name: str) -> None:
+    """The operator's own definition in NumPy, which ONNX Runtime's and TensorRT's operators are compared with."""
+    generator = np.random.default_rng(3)
+    M, K, N, block = 21, 96, 80, (32, 16)
+    mask, col_ptr, k_idx, _ = random_blocks(generator, K, N, block, 0.5)
+    weight = (generator.standard_normal((K, N)) * 40).astype({**FLOATS, "int8": np.int8}[type_name])
+    x = generator.standard_normal((M, K)).astype(np.float32)
+    residual = generator.standard_normal((M, N)).astype(np.float32)
+    bias = generator.standard_normal(N).astype(np.float32)
+    values, scale = canonical_values(weight, mask, block), np.full(N, 1e-3 if type_name == "int8" else 1, np.float32)
+    x_scale, x_offset = (0.03, 0.2) if type_name == "int8" else (0.0, 0.0)
+    operator = BlockSparseLinear(
+        K=K, N=N, block_k=block[0], block_n=block[1], col_ptr=tuple(map(int, col_ptr)), k_idx=tuple(map(int, k_idx)),
+        activation="gelu", x_scale=x_scale, x_offset=x_offset,
+    )  # fmt: skip
+    linear = Linear(
+        kernels, K=K, N=N, block=block, col_ptr=col_ptr, k_idx=k_idx, values=values, bias=bias, scale=scale,
+        activation="gelu", x_scale=x_scale, x_offset=x_offset, isa=isa,
+    )  # fmt: skip
+    expected = block_sparse_linear(operator, x, values, bias, scale, residual)
+    assert np.abs(linear(x, residual) - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -24,16 +24,22 @@ struct Name {
 
 // Best first, as lsp_isas() lists them.
 constexpr Name kNames[] = {
-    {Isa::avx512_bf16, "avx512_bf16"}, {Isa::avx512_vnni, "avx512_vnni"}, {Isa::avx512, "avx512"},
-    {Isa::avx2_vnni, "avx2_vnni"},     {Isa::avx2, "avx2"},               {Isa::neon_dot, "neon_dot"},
-    {Isa::neon, "neon"},               {Isa::portable, "portable"},
+    {Isa::avx512_bf16, "avx512_bf16"},
+    {Isa::avx512_vnni, "avx512_vnni"},
+    {Isa::avx512, "avx512"},
+    {Isa::avx2_vnni, "avx2_vnni"},
+    {Isa::avx2, "avx2"},
+    {Isa::neon_dot, "neon_dot"},
+    {Isa::neon, "neon"},
+    {Isa::portable, "portable"},
 };
 
 #if defined(__x86_64__)
 // GCC 12's __builtin_cpu_supports does not know AVX-VNNI: CPUID leaf 7, subleaf 1, EAX bit 4.
 bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1U << 4)) != 0;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 &&
+         (eax & (1U << 4)) != 0;
 }
 #endif
 

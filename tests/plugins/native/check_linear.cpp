@@ -1,6 +1,6 @@
-// Runs layers of BlockSparseLinear on every instruction set there is, on several threads, and compares them with sums in
-// double. For machines where Python is not at hand: another architecture under emulation, or a thread sanitizer's build.
-// Prints the kernels that ran; the exit code says whether all results were right.
+// Runs layers of BlockSparseLinear on every instruction set there is, on several threads, and compares them with sums
+// in double. For machines where Python is not at hand: another architecture under emulation, or a thread sanitizer's
+// build. Prints the kernels that ran; the exit code says whether all results were right.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -143,7 +143,8 @@ bool check(const Problem& p, lsp_type type, const std::string& isa, std::set<std
         const size_t at = static_cast<size_t>(m * p.K + k);
         double value = x[at];
         if (type == LSP_BFLOAT16) value = rounded_to_bfloat16(x[at]);
-        if (integers) value = x_int8 ? x_bytes[at] : std::clamp(std::nearbyint(x[at] * (1.0F / 0.01F)), -128.0F, 127.0F);
+        if (integers)
+          value = x_int8 ? x_bytes[at] : std::clamp(std::nearbyint(x[at] * (1.0F / 0.01F)), -128.0F, 127.0F);
         sum += value * weight[static_cast<size_t>(k * p.N + n)];
       }
       const size_t at = static_cast<size_t>(m * p.N + n);

@@ -1,4 +1,4 @@
-// How packed words multiply, for vectors with ordinary arithmetic only. Instruction sets with dot products add their own.
+// How packed words multiply, with ordinary arithmetic. Instruction sets with dot products add their own.
 #pragma once
 
 #include "linear/kernel.h"

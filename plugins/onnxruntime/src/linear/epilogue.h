@@ -13,8 +13,8 @@ typename V::Float polynomial(typename V::Float s, const float (&c)[N]) {
   return sum;
 }
 
-// An odd function that tends to 1, as z P(z^2) / Q(z^2) within the limit. P is some 3e-7 too great, so that the quotient
-// is 1 exactly once it is cut off there: what is far below zero gives exactly 0 for x (1 + odd(x)).
+// An odd function that tends to 1, as z P(z^2) / Q(z^2) within the limit. P is some 3e-7 too great, so that the
+// quotient is 1 exactly once it is cut off there: what is far below zero gives exactly 0 for x (1 + odd(x)).
 template <class V, int P, int Q>
 typename V::Float odd_rational(typename V::Float z, float limit, const float (&p)[P], const float (&q)[Q]) {
   z = V::max(V::min(z, V::broadcast(limit)), V::broadcast(-limit));
@@ -107,7 +107,8 @@ void finish_rows(const Tile& tile, const float* buffer, int columns, int rows) {
     for (int r = 0; r < rows; ++r) {
       for (int c = 0; c < tile.columns; c += V::lanes) {
         const int left = tile.columns - c;
-        finish_part<V, ACTIVATION>(tile, buffer + r * columns + c, r * tile.stride + c, left < V::lanes ? left : V::lanes);
+        finish_part<V, ACTIVATION>(tile, buffer + r * columns + c, r * tile.stride + c,
+                                   left < V::lanes ? left : V::lanes);
       }
     }
   } else if (tile.epilogue->out_type == LSP_INT8) {

@@ -39,7 +39,7 @@ struct Tile {
   const void* w;
   const int32_t* chunks;  // which chunk of K each chunk of the panel multiplies; one more is there to be read
   int32_t chunk_count;
-  int64_t prefetch;     // how far ahead of w, in bytes, weights are fetched into the second-level cache; 0: not
+  int64_t prefetch;      // how far ahead of w, in bytes, weights are fetched into the second-level cache; 0: not
   const int32_t* start;  // integers: what the sums start from
   const float* scale;    // integers only
   const float* bias;
@@ -69,10 +69,10 @@ struct Shape {
 struct Kernel {
   const char* name;
   Isa isa;
-  lsp_type type;      // of the weights
-  int group;          // values in a word; fewer than fill it means that they are widened
-  int x_bias;         // added to every int8 of x when it is packed, and taken off by Tile::start
-  Shape shapes[2];    // the best first; columns 0: there is no second one
+  lsp_type type;    // of the weights
+  int group;        // values in a word; fewer than fill it means that they are widened
+  int x_bias;       // added to every int8 of x when it is packed, and taken off by Tile::start
+  Shape shapes[2];  // the best first; columns 0: there is no second one
   void (*pack)(const Rows&);
   void (*multiply)(const Tile&, int columns, int rows);
 };

@@ -25,7 +25,7 @@ void multiply(const Tile& tile, int, int rows) { multiply_rows<DotArithmetic, kS
 
 }  // namespace
 
-const Kernel kAvx2VnniInt8 = {"avx2_vnni",           Isa::avx2_vnni, LSP_INT8, 4, BiasedInt8Words::bias, {kShape},
-                              pack_int8<V, BiasedInt8Words>, multiply};
+const Kernel kAvx2VnniInt8 = {
+    "avx2_vnni", Isa::avx2_vnni, LSP_INT8, 4, BiasedInt8Words::bias, {kShape}, pack_int8<V, BiasedInt8Words>, multiply};
 
 }  // namespace lsp

@@ -37,11 +37,10 @@ void multiply_int8(const Tile& tile, int columns, int rows) {
 
 }  // namespace
 
-const Kernel kAvx512Float = {"avx512",        Isa::avx512,   LSP_FLOAT32,   1, 0, {kWide, kNarrow},
-                             pack_float<V>,   multiply_float};
-const Kernel kAvx512Bfloat16 = {"avx512",        Isa::avx512,   LSP_BFLOAT16, 1, 0, {kWide, kNarrow},
-                                pack_rounded<V>, multiply_float};
-const Kernel kAvx512Int8 = {"avx512", Isa::avx512, LSP_INT8, 2, 0, {kWideInt8, kNarrowInt8}, pack_int8<V, Int16Words>,
-                            multiply_int8};
+const Kernel kAvx512Float = {"avx512", Isa::avx512, LSP_FLOAT32, 1, 0, {kWide, kNarrow}, pack_float<V>, multiply_float};
+const Kernel kAvx512Bfloat16 = {"avx512", Isa::avx512,      LSP_BFLOAT16,    1,
+                                0,        {kWide, kNarrow}, pack_rounded<V>, multiply_float};
+const Kernel kAvx512Int8 = {
+    "avx512", Isa::avx512, LSP_INT8, 2, 0, {kWideInt8, kNarrowInt8}, pack_int8<V, Int16Words>, multiply_int8};
 
 }  // namespace lsp

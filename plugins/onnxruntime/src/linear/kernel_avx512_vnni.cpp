@@ -28,9 +28,13 @@ void multiply(const Tile& tile, int columns, int rows) {
 
 }  // namespace
 
-const Kernel kAvx512VnniInt8 = {"avx512_vnni",         Isa::avx512_vnni,
-                                LSP_INT8,              4,
-                                BiasedInt8Words::bias, {kWide, kNarrow},
-                                pack_int8<V, BiasedInt8Words>, multiply};
+const Kernel kAvx512VnniInt8 = {"avx512_vnni",
+                                Isa::avx512_vnni,
+                                LSP_INT8,
+                                4,
+                                BiasedInt8Words::bias,
+                                {kWide, kNarrow},
+                                pack_int8<V, BiasedInt8Words>,
+                                multiply};
 
 }  // namespace lsp

@@ -11,9 +11,7 @@ namespace {
 using V = NeonVector;
 
 struct DotArithmetic : IntegerArithmetic<V, 4> {
-  static Sum step(Sum sum, Word a, Word b) {
-    return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
-  }
+  static Sum step(Sum sum, Word a, Word b) { return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)); }
 };
 
 struct Int8Words {

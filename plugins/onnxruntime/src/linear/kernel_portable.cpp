@@ -33,9 +33,9 @@ void multiply_int8(const Tile& tile, int, int rows) { multiply_rows<Int32Arithme
 }  // namespace
 
 const Kernel kPortableFloat = {"portable", Isa::portable, LSP_FLOAT32, 1, 0, {kShape}, pack_float<V>, multiply_float};
-const Kernel kPortableBfloat16 = {"portable",     Isa::portable, LSP_BFLOAT16,  1, 0, {kShape},
-                                  pack_rounded<V>, multiply_float};
-const Kernel kPortableInt8 = {"portable", Isa::portable, LSP_INT8,     1, 0, {kShape}, pack_int8<V, Int32Words>,
+const Kernel kPortableBfloat16 = {"portable", Isa::portable, LSP_BFLOAT16,    1,
+                                  0,          {kShape},      pack_rounded<V>, multiply_float};
+const Kernel kPortableInt8 = {"portable",   Isa::portable, LSP_INT8, 1, 0, {kShape}, pack_int8<V, Int32Words>,
                               multiply_int8};
 
 }  // namespace lsp

@@ -4,10 +4,10 @@ namespace lsp {
 namespace {
 
 const Kernel* const kKernels[] = {
-    &kPortableFloat, &kPortableBfloat16, &kPortableInt8,
+    &kPortableFloat,  &kPortableBfloat16, &kPortableInt8,
 #if defined(__x86_64__)
-    &kAvx2Float,     &kAvx2Bfloat16,     &kAvx2Int8,     &kAvx2VnniInt8,
-    &kAvx512Float,   &kAvx512Bfloat16,   &kAvx512Int8,   &kAvx512VnniInt8, &kAvx512Bf16,
+    &kAvx2Float,      &kAvx2Bfloat16,     &kAvx2Int8,       &kAvx2VnniInt8, &kAvx512Float,
+    &kAvx512Bfloat16, &kAvx512Int8,       &kAvx512VnniInt8, &kAvx512Bf16,
 #elif defined(__aarch64__)
     &kNeonFloat,     &kNeonBfloat16,     &kNeonInt8,     &kNeonDotInt8,
 #endif

@@ -1,8 +1,8 @@
-// The inner loops, written once over a vector type V (src/vector) and an arithmetic, which says how packed words multiply.
+// The inner loops, written once over a vector type V (src/vector) and an arithmetic: how packed words multiply.
 //
-// Everything here is a template over a type that lives in the including file's anonymous namespace: its instances belong
-// to that file alone, and code for one instruction set never stands in for another's. For the same reason nothing here
-// calls the standard library.
+// Everything here is a template over a type that lives in the including file's anonymous namespace: its instances
+// belong to that file alone, and code for one instruction set never stands in for another's. For the same reason
+// nothing here calls the standard library.
 #pragma once
 
 #include <utility>
@@ -59,8 +59,8 @@ void multiply_tile(const Tile& tile) {
   }
 
   // The common case goes straight to y. All others take a second pass over a buffer in the first-level cache.
-  const bool direct = tile.epilogue->activation == LSP_NONE && tile.epilogue->out_type == LSP_FLOAT32 &&
-                      tile.columns == columns;
+  const bool direct =
+      tile.epilogue->activation == LSP_NONE && tile.epilogue->out_type == LSP_FLOAT32 && tile.columns == columns;
   alignas(64) float buffer[ROWS * columns];
   float* out = direct ? static_cast<float*>(tile.y) : buffer;
   const int64_t stride = direct ? tile.stride : columns;

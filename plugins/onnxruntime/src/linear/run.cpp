@@ -9,12 +9,12 @@
 namespace lsp {
 namespace {
 
-// Rows of x are packed this many bytes at a time: it bounds the memory, and what is packed stays in the last-level cache.
+// Rows of x are packed this many bytes at a time: it bounds the memory, and they stay in the last-level cache.
 constexpr int64_t kPackedBytes = 4 << 20;
 // A task packs no less than this.
 constexpr int64_t kPackBytes = 32 << 10;
-// A task multiplies no less than this, in multiplications: some ten microseconds.
-constexpr int64_t kTaskWork = 1 << 20;
+// A task multiplies no fewer words than this: a few microseconds.
+constexpr int64_t kTaskWork = 1 << 19;
 // More tasks than threads even out what one thread loses to other programs.
 constexpr int kTasksPerThread = 6;
 constexpr int kUnknownThreads = 8;
@@ -53,8 +53,8 @@ void for_each(const lsp_pool* pool, int64_t count, const Work& work) {
 // Some consecutive rows, as tiles of nearly equal height, and the groups of tiles and panels that tasks take.
 struct Plan {
   int64_t first_row;
-  Split tiles;         // rows into tiles
-  Split tile_groups;   // tiles into groups
+  Split tiles;        // rows into tiles
+  Split tile_groups;  // tiles into groups
   int64_t panel_groups;
 };
 
@@ -68,7 +68,7 @@ Plan plan_rows(const Layer& layer, int64_t first_row, int64_t rows, int64_t row_
 
   const int64_t threads = pool->threads > 0 ? pool->threads : kUnknownThreads;
   const int64_t chunks = layer.panels.first.back() + kTileOverhead * layer.panels.count();
-  const int64_t work = rows * chunks * kChunk * layer.panels.shape.columns;
+  const int64_t work = rows * chunks * (kChunk / layer.kernel->group) * layer.panels.shape.columns;
   const int64_t tasks = std::max<int64_t>(1, std::min(threads * kTasksPerThread, work / kTaskWork));
   plan.panel_groups = std::min(divide_up(tasks, plan.tile_groups.parts), layer.panels.count());
   const int64_t groups = std::min(divide_up(tasks, plan.panel_groups), plan.tiles.parts);
@@ -141,12 +141,14 @@ struct Call {
 // First all rows are packed, then all tiles multiplied. Tasks that share rows have neighbouring numbers: a pool that
 // gives each thread a range of them keeps the rows in that thread's cache.
 void run_rows(const Call& call, const Plan& plan, const lsp_pool* pool) {
+  const int64_t tasks = plan.tile_groups.parts * plan.panel_groups;
+  if (tasks == 1) pool = nullptr;  // so little that threads would only wait for each other
   const int64_t bytes = plan.tiles.count * call.row_bytes;
   const Split pack_groups = {plan.tiles.parts, std::clamp<int64_t>(bytes / kPackBytes, 1, plan.tiles.parts)};
   for_each(pool, pack_groups.parts, [&](int64_t group) {
     for (int64_t t = pack_groups.begin(group); t < pack_groups.begin(group + 1); ++t) call.pack(plan, t);
   });
-  for_each(pool, plan.tile_groups.parts * plan.panel_groups, [&](int64_t task) {
+  for_each(pool, tasks, [&](int64_t task) {
     const int64_t tile_group = task / plan.panel_groups;
     const int64_t panel_group = task % plan.panel_groups;
     const int64_t end = first_panel(call.layer.panels, panel_group + 1, plan.panel_groups);
