@@ -39,6 +39,8 @@ def emulation(cache: Path) -> CudaLibrary:
     """Return the kernels as they are, compiled once for each state of their sources."""
     target = cache / f"emulation-{source_hash()}.so"
     if not target.exists():
+        for old in cache.glob("emulation-*.so"):
+            old.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             compiled(SOURCES, Path(folder)).replace(target)
     return CudaLibrary(target)

@@ -57,16 +57,18 @@ def build(nvcc: Path, cache: Path) -> Build:
     """Return the kernels, compiled for all architectures once for each state of their sources and of the toolkit.
 
     Raises:
-        subprocess.CalledProcessError: they do not compile.
+        AssertionError: they do not compile, with what the compiler said.
     """
     architectures = known_architectures(nvcc)
     key = source_hash(str(nvcc), release(nvcc), str(architectures))
-    folder = cache / f"kernels-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (cache / "kernels.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = cache / f"kernels-{key}"
         library, log = folder / "liblsp_cuda.so", folder / "build.log"
         if not library.exists():
+            for old in cache.glob("kernels-*"):
+                shutil.rmtree(old)
+            folder.mkdir()
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 log.write_text(_run_cmake(nvcc, architectures, Path(scratch)))
                 (Path(scratch) / library.name).replace(library)
@@ -80,10 +82,15 @@ def _run_cmake(nvcc: Path, architectures: list[int], folder: Path) -> str:
         *("-DLSP_CUDA_SHARED=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_FLAGS={flags}"),
         f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{number}-real' for number in architectures)}",
     ]
-    subprocess.run(["cmake", "-S", SOURCES, "-B", folder, *options], check=True, stdout=subprocess.DEVNULL)
     jobs = min(os.cpu_count() or 1, 2)
-    command = ["nice", "-n", "10", "cmake", "--build", folder, f"-j{jobs}", "--target", "lsp_cuda_shared"]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    _run("cmake", "-S", SOURCES, "-B", folder, *options)
+    return _run("nice", "-n", "10", "cmake", "--build", folder, f"-j{jobs}", "--target", "lsp_cuda_shared")
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
 
 
 def _use(log: str) -> dict[str, dict[str, tuple[int, int]]]:

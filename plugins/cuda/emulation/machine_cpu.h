@@ -81,7 +81,7 @@ inline void add_bits(int32_t& sum, uint32_t v) { sum += static_cast<int32_t>(v);
 inline float exponential(float v) { return std::exp(v); }
 inline float divided(float v, float by) { return v / by; }
 inline float multiplied_added(float a, float b, float c) { return std::fma(a, b, c); }
-inline int rounded(float v) { return static_cast<int>(std::nearbyint(std::min(std::max(v, -2e9f), 2e9f))); }
+inline int rounded(float v) { return v != v ? 0 : static_cast<int>(std::nearbyint(std::min(std::max(v, -2e9f), 2e9f))); }
 
 // 16-bit floats, rounded to nearest even.
 inline uint16_t half_bits(BFloat16, float v) {
