@@ -110,7 +110,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
     with stages.time("build"):
         built = build_engine(output, target, plan, prepared.shapes, wanted=options.build)
     with stages.time("measure"):
-        measured = measure(prepared, compressed, evaluator, options.threads)
+        measured = measure(prepared, compressed, evaluator, target, options.threads)
         attention = None
         if plan.masks:
             first = evaluator.held_out.feeds(range(evaluator.batch) if prepared.fixed_batch else [0])

@@ -17,6 +17,7 @@ from lsp_deploy.reporting.attention_levels import attention_section
 from lsp_deploy.reporting.execution_rows import attention_execution, linear_time
 from lsp_deploy.reporting.judgement import budget_section, run_warnings
 from lsp_deploy.reporting.layer_rows import layer_rows
+from lsp_deploy.reporting.power_rows import power_section
 from lsp_deploy.reporting.pruning_rows import pruning_section
 from lsp_deploy.reporting.report import Report
 from lsp_deploy.reporting.sections import (
@@ -108,6 +109,7 @@ def assemble(
         budget=budget,
         profiles=profiles,
         speedups=_speedups(measured.profiles),
+        power=power_section(measured.profiles),
         engine=_engine(built, output),
         host=_host(measured.profiles),
         run=RunSection(stage_seconds=dict(stage_seconds), peak_memory_bytes=_peak_memory_bytes()),

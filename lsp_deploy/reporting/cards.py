@@ -53,9 +53,13 @@ def headline(report: Report) -> str:
 
 
 def cards(report: Report) -> list[Card]:
-    """Return the cards of `report`: size, accuracy, FLOPs, precision, zeros, times, engine."""
+    """Return the cards of `report`: size, accuracy, FLOPs, precision, zeros, times, energy, engine."""
     made = [_size(report), _accuracy(report), _drop(report), _flops(report), _precision(report), _zeros(report)]
-    return [card for card in (*made, _linear_time(report), _latency(report), _engine(report)) if card is not None]
+    return [
+        card
+        for card in (*made, _linear_time(report), _latency(report), _energy(report), _engine(report))
+        if card is not None
+    ]
 
 
 def _size(report: Report) -> Card:
@@ -183,6 +187,22 @@ def _latency(report: Report) -> Card | None:
         detail=f"{ratio.low_ratio:.2f} to {ratio.high_ratio:.2f} × over {formatting.count(ratio.rounds, 'round')}, "
         f"batch {ratio.batch}{'' if on_target else f'; not the speed of {report.target.name}'}",
         basis="measured",
+    )
+
+
+def _energy(report: Report) -> Card | None:
+    rows = {row.label: row for row in report.power.rows}
+    if len(rows) < 2:
+        return None
+    dense, compressed = rows["dense"], rows["compressed"]
+    return Card(
+        title="Energy of one inference",
+        value=formatting.joules(compressed.energy_per_inference_j),
+        detail=f"was {formatting.joules(dense.energy_per_inference_j)}, batch {compressed.batch}, "
+        f"{report.power.regime}; above idle {formatting.joules(compressed.net_energy_per_inference_j)}, was "
+        f"{formatting.joules(dense.net_energy_per_inference_j)}",
+        basis="measured",
+        share_percent=100 * compressed.energy_per_inference_j / dense.energy_per_inference_j,
     )
 
 

@@ -14,11 +14,13 @@ __all__ = [
     "file_size",
     "flops",
     "interval",
+    "joules",
     "milliseconds",
     "percent",
     "points",
     "seconds",
     "signed",
+    "watts",
 ]
 
 
@@ -77,6 +79,17 @@ def milliseconds(value: float) -> str:
     return f"{_significant(value)} ms"
 
 
+def watts(value: float) -> str:
+    """Return watts with three significant digits: "12.3 W"; what is net of idle power may be below zero."""
+    return f"{_sign(value)}{_significant(abs(value))} W"
+
+
+def joules(value: float) -> str:
+    """Return an energy as J or mJ: "0.41 J", "8.2 mJ"; what is net of idle power may be below zero."""
+    size = abs(value)
+    return f"{_sign(value)}{_significant(size)} J" if size >= 0.1 else f"{_sign(value)}{_significant(1000 * size)} mJ"
+
+
 def seconds(value: float) -> str:
     """Return a duration: "3.4 s", "2 min 05 s"."""
     if value < 100:
@@ -96,6 +109,10 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
         value /= 1000
         power += 1
     return f"{value:.0f} {units[0]}" if power == 0 else f"{_significant(value)} {units[power]}"
+
+
+def _sign(value: float) -> str:
+    return "\N{MINUS SIGN}" if value < 0 else ""
 
 
 def _significant(value: float) -> str:

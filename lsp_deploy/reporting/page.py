@@ -13,6 +13,7 @@ from markupsafe import Markup
 from lsp_deploy.plan import Plan
 from lsp_deploy.reporting import figures, formatting, pruning_figures
 from lsp_deploy.reporting.cards import cards, headline
+from lsp_deploy.reporting.power_rows import power_words
 from lsp_deploy.reporting.pruning_words import (
     budget_share_words,
     damage_words,
@@ -99,6 +100,7 @@ def render_page(report: Report, plan: Plan) -> str:
         attention=pruning_figures.attention_strips(report.attention),
         loss=loss_words(report.pruning, budget, fidelity),
         latency=figures.latency_groups(report.profiles),
+        power=power_words(report.power),
         accuracy=figures.accuracy_axis(fidelity) if fidelity else None,
         drop=figures.drop_axis(fidelity, budget.max_drop_points if budget else None) if fidelity else None,
         replay=_replay(report),

@@ -28,6 +28,7 @@ __all__ = [
     "LayerStructure",
     "ModelSection",
     "OutputFile",
+    "PowerRow",
     "PowerSection",
     "ProfileRow",
     "PruningSection",
@@ -363,11 +364,40 @@ class SpeedupRow(Section):
     rounds: int = Field(ge=1, description="rounds of alternating blocks")
 
 
+class PowerRow(Section):
+    """Measured power and energy of one model; an inference is one call with its whole batch."""
+
+    label: Literal["dense", "compressed"] = Field(description="which model ran")
+    batch: int = Field(ge=1, description="samples per inference")
+    power_w: float = Field(description="mean over all windows")
+    power_low_w: float = Field(description="of the window with the least")
+    power_high_w: float = Field(description="of the window with the most")
+    net_power_w: float = Field(description="the mean less idle power")
+    energy_per_inference_j: float = Field(description="energy over inferences")
+    net_energy_per_inference_j: float = Field(description="the same, idle power subtracted for as long as it took")
+    inferences_per_s: float = Field(description="in the windows")
+    windows: int = Field(ge=1, description="windows behind these figures, alternating with the other model's")
+    window_seconds: float = Field(description="mean length of a window")
+    readings: int = Field(description="of the sensor, in all windows together")
+    state: dict[str, str] = Field(
+        default_factory=dict, description="clocks, limits, power mode, as the meter told last"
+    )
+
+
 class PowerSection(Section):
     """Power and energy."""
 
-    basis: Literal["not measured"] = Field("not measured", description="no power meter was read")
-    note: str = Field("not measured", description="why there is no figure")
+    basis: Literal["measured", "not measured"] = Field("not measured", description="whether a power meter was read")
+    note: str = Field("not measured", description="why there is no figure; empty where there is")
+    meter: str | None = Field(None, description="what was read")
+    covers: str | None = Field(None, description="what the energy is of, and what is left out")
+    caveat: str | None = Field(None, description="what a reader of this meter must know; null: nothing")
+    regime: str | None = Field(None, description="back-to-back, or a fixed rate of requests")
+    idle_before_w: float | None = Field(
+        None, description="both models loaded, nothing running, before the first window"
+    )
+    idle_after_w: float | None = Field(None, description="the same after the last window")
+    rows: list[PowerRow] = Field(default_factory=list, description="dense and compressed, in windows of one run")
 
 
 class EngineSection(Section):

@@ -9,6 +9,7 @@ from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.cards import as_asked_words, budget_words
 from lsp_deploy.reporting.execution_rows import linear_time_words
 from lsp_deploy.reporting.plan_table import reason_table
+from lsp_deploy.reporting.power_rows import power_cells
 from lsp_deploy.reporting.pruning_words import loss_words, pruning_words
 from lsp_deploy.reporting.report import Report
 
@@ -53,7 +54,8 @@ def _before_and_after(report: Report) -> Table:
     for cells in (_size(report), *_answers(report), _budget(report), _flops(report), *_latencies(report)):
         if cells:
             table.add_row(*(Text(cell) for cell in cells))
-    table.add_row("power", "", "", report.power.note)
+    for cells in power_cells(report.power):
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 

@@ -32,6 +32,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("lsp_deploy.steps.measuring.PROFILE_SECONDS", 0.1)
     monkeypatch.setattr("lsp_deploy.steps.timing.CpuLayerTimer", MadeUpTimer)
+    # A machine with a power meter would wait for its windows.
+    monkeypatch.setattr("lsp_deploy.engines.power.finding.find_meter", lambda *_: (None, "no meter in tests"))
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["lsp-deploy", *map(str, arguments)])

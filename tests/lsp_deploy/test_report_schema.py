@@ -65,7 +65,10 @@ def test_every_field_is_described(part: str, name: str, field: dict[str, Any]) -
     assert field.get("description"), f"{part}.{name}"
 
 
-UNITS = ("_ms", "_db", "_percent", "_bytes", "_points", "_seconds", "_fraction", "_flops", "_ratio", "_per_s", "_us")
+UNITS = (
+    *("_ms", "_db", "_percent", "_bytes", "_points", "_seconds", "_fraction", "_flops", "_ratio", "_per_s", "_us"),
+    *("_w", "_j"),
+)
 
 
 def test_every_measured_number_has_its_unit_in_its_name() -> None:
