@@ -26,7 +26,7 @@ def power_tables(profiles: Sequence[Profile]) -> list[RenderableType]:
     if not measured:
         return [Text(line) for line in lines]
     table = Table(title=f"power, {measured[0][1].meter}, {measured[0][1].regime}")
-    columns = ("model", "batch", "W", "idle W", "W net", "J/inference", "J net", "inferences/s")
+    columns = ("model", "batch", "W", "idle W", "W net", "J/inference", "J net", "inf/s")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for profile, power in measured:
