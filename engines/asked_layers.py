@@ -75,7 +75,7 @@ def _not_named_line(names: Sequence[str]) -> list[str]:
     if not names:
         return []
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return [f"what {len(names)} layers that are asked to be int8 or 2:4 became is not told by the builder: {shown}"]
+    return [f"the builder does not say what became of {len(names)} of the layers asked to be int8 or 2:4: {shown}"]
 
 
 def _asks_int8(node: ir.Node) -> bool:

@@ -48,6 +48,18 @@ RateOption = Annotated[
     float | None,
     typer.Option("--rate", min=0.01, help="Requests a second, at fixed moments.  [default: back-to-back]"),
 ]
+TargetOption = Annotated[
+    str, typer.Option("--target", help="Target's name or TOML file; `lsp-deploy targets` lists them.")
+]
+MinShapesOption = Annotated[
+    str | None, typer.Option("--min-shapes", help="Smallest input shapes.  [default: those of compress, or batch 1]")
+]
+OptShapesOption = Annotated[
+    str | None, typer.Option("--opt-shapes", help="Shapes to tune for.  [default: those of compress, or batch 8]")
+]
+MaxShapesOption = Annotated[
+    str | None, typer.Option("--max-shapes", help="Largest input shapes.  [default: those of compress, or batch 32]")
+]
 PowerOption = Annotated[
     bool | None, typer.Option("--power/--no-power", help="Measure power and energy.  [default: where there is a meter]")
 ]
@@ -74,6 +86,22 @@ class Objective(str, Enum):
     TOP1 = "top1"
     PSEUDO = "pseudo"
     OUTPUT = "output"
+
+
+class Builder(str, Enum):
+    """What builds engines."""
+
+    TENSORRT_RTX = "tensorrt_rtx"
+    TENSORRT = "tensorrt"
+    ONNXRUNTIME = "onnxruntime"
+
+
+class Compatibility(str, Enum):
+    """Which other GPUs may run an engine of TensorRT."""
+
+    NONE = "none"
+    AMPERE_PLUS = "ampere-plus"
+    SAME = "same-compute-capability"
 
 
 class Device(str, Enum):
@@ -208,7 +236,7 @@ def inspect(model: ModelArgument, shapes: ShapesOption = None, json: JsonOption 
 @app.command()
 def profile(
     model: ModelArgument,
-    target: Annotated[str, typer.Option("--target", help="Device to run on; here: cpu.")] = "cpu",
+    target: Annotated[str, typer.Option("--target", help="Device to run on: cpu, or the GPU that is here.")] = "cpu",
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeat for several.")] = None,
     shapes: ShapesOption = None,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
@@ -255,6 +283,7 @@ def compare(
     batch: Annotated[
         list[int] | None, typer.Option("--batch", min=1, help="Batch size to time.  [default: 1, 8]")
     ] = None,
+    target: Annotated[str, typer.Option("--target", help="Device to run on: cpu, or the GPU that is here.")] = "cpu",
     shapes: ShapesOption = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also measure the SQNR of every linear layer.")] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
@@ -278,6 +307,7 @@ def compare(
         shapes=_shapes(shapes),
         layers=layers,
         threads=jobs or available_cores(),
+        target=target,
         rate_per_s=rate,
         power=power,
     )
@@ -369,6 +399,98 @@ def lower(
     console.say(f"{output}: {counts or 'no operators of ours'} replaced by stock ONNX operators")
     if json:
         _print_json({"output": str(output), "form": form.value, "replaced": replaced})
+
+
+@app.command()
+def build(
+    model: Annotated[Path, typer.Argument(help="ONNX file, or output folder of compress.", show_default=False)],
+    target: TargetOption,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Engine to write.  [default: in the output folder, or where you are]"),
+    ] = None,
+    builder: Annotated[
+        Builder | None, typer.Option("--builder", help="Builder to use.  [default: the first of the target's]")
+    ] = None,
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    sparse_weights: Annotated[
+        bool | None,
+        typer.Option("--sparse-weights/--no-sparse-weights", help="2:4 kernels.  [default: where a weight is 2:4]"),
+    ] = None,
+    workspace_mb: Annotated[int | None, typer.Option("--workspace-mb", min=1, help="Builder's memory, MiB.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option("--optimization-level", min=0, max=5, help="TensorRT's.  [default: its own]")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option("--timing-cache", help="File of TensorRT's kernel timings, read and written.")
+    ] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="Plugin library to put into the engine; repeat for several.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Let later TensorRT releases run the engine.")
+    ] = False,
+    hardware_compatible: Annotated[
+        Compatibility, typer.Option("--hardware-compatible", help="Which other GPUs may run the engine.")
+    ] = Compatibility.NONE,
+    refittable: Annotated[bool, typer.Option("--refittable", help="Let other weights be put in later.")] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Leave the weights out; they come from MODEL again.")
+    ] = False,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a build may take.")] = 3600.0,
+    json: JsonOption = False,
+) -> None:
+    """Build MODEL's engine for a target, or say what to run where; exits 1 where there is no engine."""
+    from lsp_deploy.building import BuildRequest, build_model, built_json, built_lines
+    from lsp_deploy.engines.protocol import BuildOptions
+
+    console.configure(json=json)
+    options = BuildOptions(
+        workspace_mb=workspace_mb,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        plugins=tuple(plugin or ()),
+        version_compatible=version_compatible,
+        hardware_compatibility=hardware_compatible.value,
+        refittable=refittable,
+        strip_weights=strip_weights,
+        timeout_seconds=timeout,
+    )
+    shapes = {"min_shapes": min_shapes, "opt_shapes": opt_shapes, "max_shapes": max_shapes}
+    named = None if builder is None else builder.value
+    built = build_model(model, BuildRequest(target, output, named, shapes, sparse_weights, options))
+    for warning in built.info.warnings if built.info is not None else ():
+        console.warn(warning)
+    for line in built_lines(built, target):
+        console.say(line)
+    if json:
+        _print_json(built_json(built, target))
+    if built.info is None:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def bundle(
+    model: Annotated[Path, typer.Argument(help="Output folder of compress, or ONNX file.", show_default=False)],
+    target: TargetOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Archive to write: .tar.zst or .tar.gz.")],
+    min_shapes: MinShapesOption = None,
+    opt_shapes: OptShapesOption = None,
+    max_shapes: MaxShapesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Pack MODEL with all that its device needs to build and measure an engine itself."""
+    from lsp_deploy.bundling import bundle_model
+
+    console.configure(json=json)
+    shapes = {"min_shapes": min_shapes, "opt_shapes": opt_shapes, "max_shapes": max_shapes}
+    packed = bundle_model(model, target, output, shapes)
+    for line in packed.lines():
+        console.say(line)
+    if json:
+        _print_json(packed.to_json())
 
 
 @app.command()

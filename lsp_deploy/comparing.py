@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lsp_deploy.data import Dataset
+    from lsp_deploy.engines.protocol import Engine
+    from lsp_deploy.hardware.target import Target
 
 __all__ = ["Comparison", "LayerFidelity", "compare_models", "comparison_tables", "profile_model", "profile_table"]
 
@@ -40,7 +43,7 @@ class Comparison(BaseModel):
     compressed: str
     data: str
     fidelity: Fidelity
-    profiles: list[Profile] = Field(description="dense and compressed at every batch size, measured on this host's CPU")
+    profiles: list[Profile] = Field(description="dense and compressed at every batch size")
     layers: list[LayerFidelity] = Field(default_factory=list)
 
 
@@ -57,17 +60,22 @@ def compare_models(
     shapes: Shapes | None,
     layers: bool,
     threads: int,
+    target: str = "cpu",
     rate_per_s: float | None = None,
     power: bool | None = None,
 ) -> Comparison:
     """Compare `compressed` with `dense`: answers on the same data, latency and power in alternating blocks of one run.
 
-    16-bit models run as float32 twins: their time on this CPU says nothing about a GPU's. `rate_per_s` and `power` are
-    as in `profile_model`.
+    On a CPU 16-bit models run as float32 twins: their time says nothing about a GPU's. For a GPU both models are built
+    for `target` and timed there, and the answers of the compressed engine are compared with those of the dense model
+    in ONNX Runtime. `rate_per_s` and `power` are as in `profile_model`.
 
     Raises:
-        UserError: models whose inputs differ, data that does not fit them, or no meter where power is wanted.
+        UserError: models whose inputs differ, data that does not fit them, a target that is not here, or no meter
+            where power is wanted.
     """
+    from lsp_deploy.engines.fidelity import run_dataset
+    from lsp_deploy.hardware.target import load_target
     from lsp_deploy.model import load_model, resolve_shapes
     from lsp_deploy.recipe import NAMED_DATA
     from lsp_deploy.steps.calibration import NAMED_SAMPLES, open_named, warn_assumed_preprocess
@@ -88,19 +96,21 @@ def compare_models(
     )
     warn_assumed_preprocess(dataset, preprocess_from)
     evaluator = Evaluator(models["dense"], models["dense"], dataset, batch=DEFAULT_BATCHES[-1], threads=threads)
+    paths = {"dense": dense, "compressed": compressed}
+    batches = batches or _default_batches(models["dense"])
+    runs_on = load_target(target)
+    with _engines(paths, models, runs_on, shapes, (*batches, evaluator.batch), threads) as engines:
+        description = f"compressed model on {runs_on.title}"
+        outputs = run_dataset(
+            engines["compressed"], dataset, evaluator.batch, evaluator.output, description=description
+        )
+        profiles = _profiles(engines, dataset, batches, threads, runs_on, rate_per_s=rate_per_s, power=power)
     return Comparison(
         dense=str(dense),
         compressed=str(compressed),
         data=f"{data}: {len(dataset)} samples",
-        fidelity=evaluator.fidelity(models["compressed"], "compressed model"),
-        profiles=_profiles(
-            models,
-            dataset,
-            batches or _default_batches(models["dense"]),
-            threads,
-            rate_per_s=rate_per_s,
-            power=power,
-        ),
+        fidelity=evaluator.compare(outputs),
+        profiles=profiles,
         layers=_layers(models, resolved, dataset, threads) if layers else [],
     )
 
@@ -120,8 +130,8 @@ def profile_model(
     """Measure one model's latency, throughput and power on this host at every batch size.
 
     Args:
-        model: ONNX file.
-        target: name of the device that runs it.
+        model: ONNX file, or an engine built for a GPU.
+        target: name of the device that runs it: cpu, or the GPU of this machine.
         batches: batch sizes; None: the model's own, or 1 and 8.
         shapes: of its inputs, for what the model leaves open.
         threads: CPU threads.
@@ -134,40 +144,44 @@ def profile_model(
         UserError: a target that is not here, or no meter where power is wanted.
     """
     from lsp_deploy.data import open_dataset
+    from lsp_deploy.gpu_engines import engine_shapes, is_engine_file
     from lsp_deploy.hardware.target import load_target
     from lsp_deploy.model import load_model, resolve_shapes
 
-    if load_target(target).kind != "cpu":
-        raise UserError(f"--target {target}: this version measures on this host's CPU only; use --target cpu")
-    loaded = load_model(model)
-    resolved = resolve_shapes(loaded, shapes, batch=1)
-    batches = batches or _default_batches(loaded)
-    dataset = open_dataset(
-        "random",
-        shapes=resolved,
-        dtypes={str(value.name): value.dtype.numpy() for value in loaded.graph.inputs if value.dtype is not None},
-        preprocess=None,
-        samples=max(batches),
-        seed=0,
-    )
-    models = {model.name: loaded}
-    return _profiles(
-        models,
-        dataset,
-        batches,
-        threads,
-        duration=duration,
-        warm_up=warm_up,
-        rate_per_s=rate_per_s,
-        power=power,
-    )
+    runs_on = load_target(target)
+    paths = {model.name: model}
+    models = {} if is_engine_file(model) else {model.name: load_model(model)}
+    loaded = models.get(model.name)
+    sizes = batches or (_default_batches(loaded) if loaded is not None else (1,))
+    with _engines(paths, models, runs_on, shapes, sizes, threads) as engines:
+        (engine,) = engines.values()
+        dataset = open_dataset(
+            "random",
+            shapes=engine_shapes(engine, shapes) if loaded is None else resolve_shapes(loaded, shapes, batch=1),
+            dtypes={name: spec.dtype for name, spec in engine.inputs.items()},
+            preprocess=None,
+            samples=max(sizes),
+            seed=0,
+        )
+        return _profiles(
+            engines,
+            dataset,
+            sizes,
+            threads,
+            runs_on,
+            duration=duration,
+            warm_up=warm_up,
+            rate_per_s=rate_per_s,
+            power=power,
+        )
 
 
 def profile_table(profiles: Sequence[Profile]) -> Table:
     """Return a table of latencies and throughputs, one row a model and batch size."""
     from rich.table import Table
 
-    table = Table(title=f"measured on this host's CPU, {profiles[0].regime}")
+    first = profiles[0]
+    table = Table(title=f"measured on {first.device}, {first.regime}; {first.clock}")
     for column in ("model", "batch", "threads", "min ms", "median ms", "p90 ms", "p99 ms", "samples/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for one in profiles:
@@ -214,39 +228,63 @@ def _default_batches(model: ir.Model) -> Sequence[int]:
     return (batch,) if isinstance(batch, int) else DEFAULT_BATCHES
 
 
-def _profiles(
+@contextmanager
+def _engines(
+    paths: Mapping[str, Path],
     models: Mapping[str, ir.Model],
+    target: Target,
+    shapes: Shapes | None,
+    batches: Sequence[int],
+    threads: int,
+) -> Iterator[Mapping[str, Engine]]:
+    """Open models, or engine files where there is no model of that label, on the target."""
+    from contextlib import ExitStack
+
+    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+    from lsp_deploy.engines.protocol import BuildOptions
+    from lsp_deploy.gpu_engines import build_options, gpu_engines
+
+    if target.kind == "gpu":
+        options = build_options(next(iter(models.values())), shapes, batches) if models else BuildOptions()
+        with gpu_engines(paths, target, options) as engines:
+            yield engines
+        return
+    if not models:
+        raise UserError(f"{', '.join(map(str, paths.values()))} runs on a GPU: name it with --target")
+    with ExitStack() as stack:
+        sessions = {
+            label: stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads, float32_twin=True))
+            for label, model in models.items()
+        }
+        for label, session in sessions.items():
+            for warning in session.describe().warnings:
+                console.warn(f"{label}: {warning}")
+        yield sessions
+
+
+def _profiles(
+    engines: Mapping[str, Engine],
     dataset: Dataset,
     batches: Sequence[int],
     threads: int,
+    target: Target,
     *,
     duration: float = 3.0,
     warm_up: float = 0.5,
     rate_per_s: float | None = None,
     power: bool | None = None,
 ) -> list[Profile]:
-    from contextlib import ExitStack
-
-    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
     from lsp_deploy.engines.power.finding import power_recorder
     from lsp_deploy.engines.profiler import profile
 
     results: list[Profile] = []
-    with ExitStack() as stack, console.progress("profiling", len(batches)) as advance:
-        engines = {
-            label: stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads, float32_twin=True))
-            for label, model in models.items()
-        }
-        for label, engine in engines.items():
-            for warning in engine.describe().warnings:
-                console.warn(f"{label}: {warning}")
-        recorder = stack.enter_context(power_recorder("cpu", power))
+    with console.progress("profiling", len(batches)) as advance, power_recorder(target.kind, power) as recorder:
         for batch in batches:
             feeds = dataset.feeds([index % len(dataset) for index in range(batch)])
             measured = profile(
                 engines,
                 feeds,
-                threads=threads,
+                threads=threads if target.kind == "cpu" else 1,  # the one that launches
                 duration=duration,
                 warm_up=warm_up,
                 rate_per_s=rate_per_s,

@@ -39,16 +39,18 @@ class TensorRtRtxBackend:
     name = "tensorrt_rtx"
 
     def status(self, target: Target | None = None) -> BackendStatus:
-        """Return whether TensorRT-RTX is installed, and whether there is a GPU to run its engines on."""
+        """Return whether TensorRT-RTX is here, and a GPU that its engines run on: the target's, where one is named."""
         if importlib.util.find_spec("tensorrt_rtx") is None:
             return BackendStatus(can_build=False, can_run=False, detail="is not installed", hint=_INSTALL)
         gpu = first_gpu()
+        runs = gpu is not None and (target is None or gpu.compute_capability == target.compute_capability)
+        wanted = f" of compute capability {target.compute_capability}" if target is not None else ""
         return BackendStatus(
             can_build=True,
-            can_run=gpu is not None,
+            can_run=runs,
             version=_version(),
             detail="builds without a GPU; for SM75 (T4) FP16 and INT8 only, it refuses FP32 matrix products there",
-            hint="" if gpu is not None else "its engines run where an NVIDIA GPU is",
+            hint="" if runs else f"its engines run where an NVIDIA GPU{wanted} is",
         )
 
     def serves(self, target: Target) -> bool:

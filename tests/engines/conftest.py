@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tensorrt_machine import made_up_gpu
 
 K, N = 64, 96
 QUANTIZED = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
@@ -29,6 +32,19 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def x() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((3, 4, K)).astype(np.float32)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A made-up machine with an A100 and TensorRT 10.3."""
+    with made_up_gpu(tmp_path, monkeypatch):
+        yield monkeypatch
+
+
+@pytest.fixture
+def cuda(machine: pytest.MonkeyPatch) -> Any:
+    """The made-up CUDA, which counts what is used of it."""
+    return importlib.import_module("cuda.bindings.runtime")
 
 
 def _model(kind: str, batch: int | str, seed: int) -> onnx.ModelProto:

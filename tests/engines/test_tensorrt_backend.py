@@ -5,17 +5,14 @@ That the calls exist in the real ones is `test_tensorrt_contract.py`'s. Nothing 
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from tensorrt_machine import A100
 
 from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
 from lsp_deploy.engines.profiler import profile
@@ -28,33 +25,12 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.target import load_target
 from lsp_deploy.model import load_model
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
-FAKES = Path(__file__).parent / "tensorrt_fakes"
-A100 = Gpu("NVIDIA A100-SXM4-80GB", "8.0", 108)
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell"),
+    pytest.mark.usefixtures("machine"),
+]
 SHAPES = BuildOptions(min_shapes={"x": (1, 4, 64)}, opt_shapes={"x": (2, 4, 64)}, max_shapes={"x": (8, 4, 64)})
 VERSIONS = ("10.3.0", "11.4.0")
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with an A100 and TensorRT 10.3."""
-    script = tmp_path / "python.sh"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I "{FAKES}/build_child.py" "$4"\n')
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.syspath_prepend(str(FAKES))
-    for module in [name for name in sys.modules if name.partition(".")[0] in ("tensorrt", "cuda")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setattr(backend_module, "first_gpu", lambda: A100)
-    monkeypatch.setattr(loading, "first_gpu", lambda: A100)
-    yield monkeypatch
-    for module in [name for name in sys.modules if name.partition(".")[0] in ("tensorrt", "cuda")]:
-        del sys.modules[module]
-
-
-@pytest.fixture
-def cuda() -> Any:
-    return importlib.import_module("cuda.bindings.runtime")
 
 
 def build(model: Path, options: BuildOptions = SHAPES, name: str = "e.engine") -> tuple[Path, EngineInfo]:

@@ -1,0 +1,116 @@
+"""Models and engine files, ready to run on the GPU of this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsp_deploy import console
+from lsp_deploy.engines.protocol import Backend, BuildOptions, Engine, read_sidecar
+from lsp_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lsp_deploy.hardware.target import Target
+
+__all__ = ["build_options", "engine_shapes", "gpu_engines", "is_engine_file"]
+
+_ENGINE_SUFFIXES = frozenset({".engine", ".plan"})
+
+
+def is_engine_file(path: Path) -> bool:
+    """Return whether `path` is a built engine by its name, and not a model."""
+    return path.suffix in _ENGINE_SUFFIXES
+
+
+def build_options(
+    model: ir.Model, shapes: Mapping[str, tuple[int, ...]] | None, batches: Sequence[int]
+) -> BuildOptions:
+    """Return options for an engine that runs every batch up to the largest, for which it is tuned.
+
+    Raises:
+        UserError: a given shape that does not fit, or a dynamic dimension beyond the batch that is not given.
+    """
+    from lsp_deploy.model import resolve_shapes
+
+    low, high = (resolve_shapes(model, shapes, batch=batch) for batch in (1, max(batches)))
+    return BuildOptions(min_shapes=low, opt_shapes=high, max_shapes=high)
+
+
+@contextmanager
+def gpu_engines(paths: Mapping[str, Path], target: Target, options: BuildOptions) -> Iterator[dict[str, Engine]]:
+    """Open models and engine files as engines on the GPU of this machine, by label, for as long as the context lasts.
+
+    ONNX files are built first, in a temporary folder, by the target's first builder whose engines run here.
+
+    Raises:
+        UserError: the target's GPU is not here, nothing that builds for it is installed, or an engine does not load.
+        EngineBuildError: a builder refused a model.
+    """
+    with tempfile.TemporaryDirectory(prefix="lsp-deploy-") as folder, ExitStack() as stack:
+        engines = {}
+        for number, (label, path) in enumerate(paths.items()):
+            opened = _load(path) if is_engine_file(path) else _build(path, target, options, Path(folder), number)
+            engines[label] = stack.enter_context(opened)
+            for warning in engines[label].describe().warnings:
+                console.warn(f"{label}: {warning}")
+        yield engines
+
+
+def engine_shapes(engine: Engine, given: Mapping[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:
+    """Return concrete shapes of an engine's inputs: those given, else its own at batch 1.
+
+    Raises:
+        UserError: a dimension beyond the batch is open and not given.
+    """
+    shapes = {}
+    for name, spec in engine.inputs.items():
+        if given is not None and name in given:
+            shapes[name] = given[name]
+            continue
+        if any(isinstance(size, str) for size in spec.shape[1:]):
+            raise UserError(f"input {name} is {'x'.join(map(str, spec.shape))}: give its shape with --shapes")
+        shapes[name] = tuple(1 if isinstance(size, str) else size for size in spec.shape)
+    return shapes
+
+
+def _build(path: Path, target: Target, options: BuildOptions, folder: Path, number: int) -> Engine:
+    backend = _running_backend(target)
+    # 2:4 kernels are for weights with the pattern: the others are the same with as without.
+    options = options.model_copy(update={"sparse_weights": backend.name == "tensorrt"})
+    engine = folder / f"{number}.engine"
+    with console.progress(f"building {path.name} with {backend.name} for {target.name}", 1) as advance:
+        backend.build(path, engine, target, options)
+        advance(1)
+    return backend.load(engine)
+
+
+def _load(path: Path) -> Engine:
+    from lsp_deploy.engines.backends import backends
+
+    info = read_sidecar(path) if path.is_file() else None
+    name = info.backend if info is not None else "tensorrt"
+    backend = next((backend for backend in backends() if backend.name == name), None)
+    if backend is None:
+        raise UserError(f"{path} is an engine of {name}, which is not known here")
+    return backend.load(path)
+
+
+def _running_backend(target: Target) -> Backend:
+    from lsp_deploy.engines.backends import backends
+
+    reasons = []
+    known = {backend.name: backend for backend in backends()}
+    for name in target.builders:
+        backend = known.get(name)
+        if backend is None or not backend.serves(target):
+            continue
+        status = backend.status(target)
+        if status.can_build and status.can_run:
+            return backend
+        reasons.append(f"{name}: {status.hint}")
+    raise UserError(f"{target.name} is not here: {'; '.join(reasons)}")

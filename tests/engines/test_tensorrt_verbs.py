@@ -1,0 +1,87 @@
+"""The verbs `profile` and `compare` on a GPU, with a fake TensorRT and a fake CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorrt_machine import A100
+from typer.testing import CliRunner
+
+from lsp_deploy.cli import app
+from lsp_deploy.engines import profiler
+from lsp_deploy.engines.protocol import BuildOptions
+from lsp_deploy.engines.tensorrt.backend import TensorRtBackend
+from lsp_deploy.errors import UserError
+from lsp_deploy.hardware.target import load_target
+
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell"),
+    pytest.mark.usefixtures("machine"),
+]
+TARGET = """
+base = "a100"
+builders = ["tensorrt"]
+"""
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    """An A100 for which TensorRT builds, and TensorRT-RTX, which may be here, does not."""
+    path = tmp_path / "mine.toml"
+    path.write_text(TARGET)
+    return str(path)
+
+
+def answer(*arguments: str) -> dict[str, Any]:
+    return json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
+
+
+SHORTLY = {"duration": 0.05, "warm_up": 0.0, "block_seconds": 0.02}
+SHORT = ("--duration", "0.1", "--warm-up", "0", "--no-power")
+
+
+def test_a_model_is_profiled_on_the_gpu(make_model, target: str, cuda):
+    profiles = answer("profile", str(make_model("fp16")), "--target", target, *SHORT)["profiles"]
+    assert [(one["backend"], one["device"], one["batch"]) for one in profiles] == [
+        ("tensorrt", A100.name, 1),
+        ("tensorrt", A100.name, 8),
+    ]
+    assert all(one["clock"].startswith("CUDA events") for one in profiles)
+    assert cuda.launches["graph"] >= sum(one["runs"] for one in profiles)
+    assert (cuda.memory, cuda.handles) == ({}, {})
+
+
+def test_an_engine_file_is_profiled_as_it_is(make_model, target: str):
+    model = make_model()
+    options = BuildOptions(min_shapes={"x": (1, 4, 64)}, opt_shapes={"x": (4, 4, 64)}, max_shapes={"x": (4, 4, 64)})
+    engine = model.with_suffix(".engine")
+    TensorRtBackend().build(model, engine, load_target("a100"), options)
+    (one,) = answer("profile", str(engine), "--target", target, "--batch", "4", *SHORT)["profiles"]
+    assert (one["label"], one["batch"]) == ("model.engine", 4)
+    with pytest.raises(UserError, match=r"model.engine runs on a GPU: name it with --target"):
+        answer("profile", str(engine), *SHORT)
+
+
+def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str, machine: pytest.MonkeyPatch):
+    measure = profiler.profile
+    machine.setattr(profiler, "profile", lambda *given, **options: measure(*given, **(options | SHORTLY)))
+    model = str(make_model(name="dense.onnx"))
+    compressed = str(make_model("int8", name="small.onnx"))
+    arguments = ("--target", target, "--data", "random", "--samples", "5", "--no-power")
+    same = answer("compare", model, model, *arguments)
+    assert same["fidelity"]["samples"] == 5
+    assert same["fidelity"]["sqnr_db"] > 100
+    other = answer("compare", model, compressed, *arguments)
+    assert 10 < other["fidelity"]["sqnr_db"] < 60
+    assert {(one["label"], one["batch"]) for one in other["profiles"]} == {
+        (label, batch) for label in ("dense", "compressed") for batch in (1, 8)
+    }
+
+
+def test_a_gpu_that_is_not_here_is_a_sentence(make_model):
+    with pytest.raises(UserError, match=r"h100 is not here: tensorrt: copy model.onnx to a machine with an NVIDIA GPU"):
+        answer("profile", str(make_model()), "--target", "h100", *SHORT)
