@@ -26,18 +26,18 @@ NUMPY = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat
 SHAPES = ((16, 16), (16, 32), (32, 16), (32, 32), (32, 64), (64, 32), (64, 64))
 
 
-def source_hash(*extra: str) -> str:
-    """Return the hash of all sources of the kernels, and of what else decides the result."""
-    digest = hashlib.sha256("\n".join(extra).encode())
-    for path in sorted(SOURCES.rglob("*")):
-        if path.is_file() and path.suffix != ".pyc":
+def source_hash(*folders: str, extra: str = "") -> str:
+    """Return the hash of the sources in folders of plugins/cuda, and of what else decides the result."""
+    digest = hashlib.sha256(extra.encode())
+    for folder in folders:
+        for path in sorted((SOURCES / folder).iterdir()):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 
 
 def emulation(cache: Path) -> CudaLibrary:
     """Return the kernels as they are, compiled once for each state of their sources."""
-    target = cache / f"emulation-{source_hash()}.so"
+    target = cache / f"emulation-{source_hash('include', 'src', 'emulation')}.so"
     if not target.exists():
         for old in cache.glob("emulation-*.so"):
             old.unlink(missing_ok=True)

@@ -60,7 +60,8 @@ def build(nvcc: Path, cache: Path) -> Build:
         AssertionError: they do not compile, with what the compiler said.
     """
     architectures = known_architectures(nvcc)
-    key = source_hash(str(nvcc), release(nvcc), str(architectures))
+    recipe = (SOURCES / "CMakeLists.txt").read_text()
+    key = source_hash("include", "src", extra=f"{nvcc} {release(nvcc)} {architectures} {recipe}")
     with (cache / "kernels.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = cache / f"kernels-{key}"
