@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lsp_deploy.data import Dataset
+    from lsp_deploy.engines.power.recording import PowerRecorder
     from lsp_deploy.engines.protocol import Engine
     from lsp_deploy.hardware.target import Target
 
@@ -278,7 +279,7 @@ def _profiles(
     from lsp_deploy.engines.profiler import profile
 
     results: list[Profile] = []
-    with console.progress("profiling", len(batches)) as advance, power_recorder(target.kind, power) as recorder:
+    with power_recorder(target.kind, power) as recorder, console.progress(_doing(recorder), len(batches)) as advance:
         for batch in batches:
             feeds = dataset.feeds([index % len(dataset) for index in range(batch)])
             measured = profile(
@@ -293,6 +294,11 @@ def _profiles(
             results.extend(measured.values())
             advance(1)
     return results
+
+
+def _doing(recorder: PowerRecorder) -> str:
+    """Return what is done, and why it takes so long where it does."""
+    return f"profiling, power in windows of {recorder.window_s:g} s" if recorder.window_s else "profiling"
 
 
 def _layers(models: Mapping[str, ir.Model], shapes: Shapes, dataset: Dataset, threads: int) -> list[LayerFidelity]:
