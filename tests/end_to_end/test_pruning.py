@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
+from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
 from lsp_deploy.files import sha256_of
 from lsp_deploy.hardware.cost_model import block_costs, layer_cost
 from lsp_deploy.hardware.target import load_target
@@ -282,8 +282,8 @@ def test_little_that_goes_changes_little(compress, bare: Path) -> None:
     images = images[images.files[0]].astype(np.float32)
     answers = []
     for path in (bare, Path("out/model.onnx")):
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        (answer,) = session.run(None, {session.get_inputs()[0].name: images})
+        with OnnxRuntimeEngine.from_model(path, threads=1) as engine:
+            (answer,) = engine.run({next(iter(engine.inputs)): images}).values()
         answers.append(answer)
     assert (answers[0].argmax(axis=1) == answers[1].argmax(axis=1)).mean() >= 0.99
     assert np.abs(answers[0] - answers[1]).max() > 1e-3, "something went"
