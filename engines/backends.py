@@ -21,19 +21,21 @@ def backends() -> list[Backend]:
     return [OnnxRuntimeBackend(), TensorRtRtxBackend(), TensorRtBackend()]
 
 
-def builder_for(target: Target) -> tuple[Backend | None, str]:
+def builder_for(target: Target, only: str | None = None) -> tuple[Backend | None, str]:
     """Return the first of the target's builders that is usable here, or None; and in one line, which, or what to do.
 
-    `Target.commands_on_device` has the commands for a target whose engines only its own machine builds.
+    `only` is the name of the one builder to consider. `Target.commands_on_device` has the commands for a target whose
+    engines only its own machine builds.
     """
     known = {backend.name: backend for backend in backends()}
     reasons = []
     for name in target.builders:
         backend = known.get(name)
-        if backend is None or not backend.serves(target):
+        if backend is None or not backend.serves(target) or only not in (None, name):
             continue
         status = backend.status(target)
         if status.can_build:
             return backend, f"{name} {status.version} builds for {target.name} on this machine"
         reasons.append(f"{name} {status.detail}: {status.hint}")
-    return None, f"no engine for {target.name} can be built on this machine: {'; '.join(reasons)}"
+    why = "; ".join(reasons) or f"what builds for it is {', '.join(target.builders)}"
+    return None, f"no engine for {target.name} can be built on this machine: {why}"

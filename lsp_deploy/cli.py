@@ -463,7 +463,7 @@ def build(
     built = build_model(model, BuildRequest(target, output, named, shapes, sparse_weights, options))
     for warning in built.info.warnings if built.info is not None else ():
         console.warn(warning)
-    for line in built_lines(built, target):
+    for line in built_lines(built, model, target):
         console.say(line)
     if json:
         _print_json(built_json(built, target))

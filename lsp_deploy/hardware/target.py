@@ -216,6 +216,7 @@ class Target(_Strict):
         *,
         shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
         sparse_weights: bool = False,
+        plugin: str | None = None,
     ) -> str:
         """Return the commands that build and time an engine on the device itself, ready to paste into a shell.
 
@@ -224,8 +225,12 @@ class Target(_Strict):
             engine: path of the engine to write.
             shapes: "min", "opt" and "max" input shapes by name; none for a model whose shapes are all fixed.
             sparse_weights: let TensorRT use its 2:4 kernels.
+            plugin: path of the plugin library there, for a model with operators of ours.
         """
         build, run = ["--stronglyTyped"], []
+        if plugin:
+            build.append(f"--dynamicPlugins={plugin}")
+            run.append(f"--dynamicPlugins={plugin}")
         if sparse_weights:
             build.append("--sparsity=enable")
         if shapes:

@@ -1,20 +1,22 @@
-"""The engine of a run: built where a builder on this machine serves the target, explained where none does."""
+"""An engine: built where a builder on this machine serves the target, explained where none does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsp_deploy import console
 
 if TYPE_CHECKING:
-    from lsp_deploy.engines.protocol import EngineInfo
+    from lsp_deploy.engines.protocol import BuildOptions, EngineInfo
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.plan import Plan
     from lsp_deploy.steps.output_folder import OutputFolder
     from lsp_deploy.steps.preparation import Shapes
 
-__all__ = ["Built", "build_engine"]
+__all__ = ["Built", "build_engine", "build_from"]
 
 
 @dataclass
@@ -22,7 +24,12 @@ class Built:
     """An engine, or why there is none."""
 
     info: EngineInfo | None = None
+    path: Path | None = None
+    """Where the engine lies."""
     not_built: str | None = None
+    """Why there is none, in one line, with `commands` behind it where there are some."""
+    commands: str | None = None
+    """What to run on the device, where nothing here builds for it."""
     failures: list[str] = field(default_factory=list)
     """Filled when a builder that serves the target failed (exit code 1)."""
 
@@ -32,35 +39,69 @@ def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shape
 
     `wanted` is False where the user asked for none.
     """
-    from lsp_deploy.engines.backends import builder_for
-    from lsp_deploy.engines.protocol import BuildOptions, EngineBuildError
+    from lsp_deploy.engines.protocol import BuildOptions
 
-    sparse = any(layer.sparsity.pattern == "2:4" for layer in plan.layers)
     if not wanted:
         return Built(not_built="not built: --no-build")
-    backend, reason = builder_for(target)
-    if backend is None:
-        return Built(not_built=f"{reason}; on the device run:\n{_commands(target, shapes, sparse)}")
-    path = output.engine(backend.name, target.name)
-    path.parent.mkdir(exist_ok=True)
-    build_options = BuildOptions(
-        min_shapes=shapes.min, opt_shapes=shapes.opt, max_shapes=shapes.max, sparse_weights=sparse
+    options = BuildOptions(
+        min_shapes=shapes.min,
+        opt_shapes=shapes.opt,
+        max_shapes=shapes.max,
+        sparse_weights=any(layer.sparsity.pattern == "2:4" for layer in plan.layers),
     )
+    operators = any(layer.execution.kernel == "block_sparse" for layer in plan.layers)
+    return build_from(
+        output.model, target, options, lambda backend: output.engine(backend, target.name), operators=operators
+    )
+
+
+def build_from(
+    model: Path,
+    target: Target,
+    options: BuildOptions,
+    engine: Callable[[str], Path],
+    *,
+    builder: str | None = None,
+    operators: bool = False,
+) -> Built:
+    """Build `model` for `target` in the first of its builders that is usable here.
+
+    Args:
+        model: ONNX file.
+        target: what to build for.
+        options: with the shapes of all inputs.
+        engine: where the engine goes, by the builder's name.
+        builder: the one builder to use; none: any of the target's.
+        operators: whether the model holds operators of ours, which TensorRT finds in a plugin.
+    """
+    from lsp_deploy.engines.backends import builder_for
+    from lsp_deploy.engines.protocol import EngineBuildError
+
+    backend, reason = builder_for(target, builder)
+    commands = _commands(model, target, options, operators) if "tensorrt" in target.builders else None
+    if backend is None:
+        return Built(not_built=f"{reason}; on the device run:\n{commands}" if commands else reason, commands=commands)
+    path = engine(backend.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with console.progress(f"building the {backend.name} engine for {target.name}", 1) as advance:
-            info = backend.build(output.model, path, target, build_options)
+            info = backend.build(model, path, target, options)
             advance(1)
     except EngineBuildError as error:
-        path.unlink(missing_ok=True)
-        return Built(
-            not_built=f"the build failed: {error}", failures=[f"{backend.name} engine for {target.name}: {error}"]
-        )
-    return Built(info=info)
+        built = Built(not_built=f"the build failed: {error}")
+        built.failures = [f"{backend.name} engine for {target.name}: {error}"]
+        if backend.name != "tensorrt" and commands:
+            built.not_built = f"{built.not_built}; to try TensorRT, on the device run:\n{commands}"
+            built.commands = commands
+        return built
+    return Built(info=info, path=path)
 
 
-def _commands(target: Target, shapes: Shapes, sparse_weights: bool) -> str:
-    dynamic = shapes.min != shapes.max
+def _commands(model: Path, target: Target, options: BuildOptions, operators: bool) -> str:
+    shapes = {"min": options.min_shapes, "opt": options.opt_shapes, "max": options.max_shapes}
     return target.commands_on_device(
-        shapes={"min": shapes.min, "opt": shapes.opt, "max": shapes.max} if dynamic else None,
-        sparse_weights=sparse_weights,
+        *(model.name, f"{model.stem}.engine"),
+        shapes=shapes if options.min_shapes != options.max_shapes else None,
+        sparse_weights=options.sparse_weights,
+        plugin="liblsp_block_sparse.so" if operators else None,
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.linear_layers import LinearLayer
 
-__all__ = ["BATCHES", "PreparedModel", "Shapes", "prepare"]
+__all__ = ["BATCHES", "PreparedModel", "Shapes", "prepare", "shape_bounds"]
 
 _COMPUTE_TYPES: dict[str, ComputeType] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 BATCHES = {"min": 1, "opt": 8, "max": 32}
@@ -79,7 +79,9 @@ def prepare(path: Path, recipe: Recipe, target: Target) -> PreparedModel:
     compute_type = _compute_type(recipe, target)
     original = load_model(path)
     refuse_operators(original, path)
-    shapes = _shapes(original, recipe)
+    shapes = shape_bounds(
+        original, min_shapes=recipe.min_shapes, opt_shapes=recipe.opt_shapes, max_shapes=recipe.max_shapes
+    )
     original_io = io_types(original)
     # Q/DQ scales of 16 bit need opset 19.
     needed = 19 if compute_type != "fp32" and recipe.precision in ("auto", "int8") else 17
@@ -106,26 +108,23 @@ def prepare(path: Path, recipe: Recipe, target: Target) -> PreparedModel:
     )
 
 
-def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
-    asked = recipe.precision
-    if asked in ("auto", "int8"):
-        if asked == "int8" and "int8" not in target.types:
-            raise UserError(f"--precision int8: {target.name} has no int8; it has {', '.join(target.types)}")
-        return target.compute_type
-    if asked not in target.types:
-        raise UserError(f"--precision {asked}: {target.name} has no {asked}; it has {', '.join(target.types)}")
-    # On a CPU the operator alone multiplies in bf16; what is between its nodes stays in float32.
-    return target.compute_type if target.kind == "cpu" else _COMPUTE_TYPES[asked]
+def shape_bounds(
+    model: ir.Model, *, min_shapes: str | None = None, opt_shapes: str | None = None, max_shapes: str | None = None
+) -> Shapes:
+    """Return the shapes that an engine of `model` must take and is tuned for; a batch that is not given is 1, 8, 32.
 
+    Args:
+        model: as the user gave it.
+        min_shapes: smallest, as x:1x3x224x224,y:1x77; likewise the others.
+        opt_shapes: what the engine is tuned for.
+        max_shapes: largest.
 
-def _shapes(model: ir.Model, recipe: Recipe) -> Shapes:
+    Raises:
+        UserError: a shape that does not fit, that is needed and not given, or bounds out of order.
+    """
     from lsp_deploy.model import resolve_shapes
 
-    given = {
-        "min": recipe.min_shapes,
-        "opt": recipe.opt_shapes,
-        "max": recipe.max_shapes,
-    }
+    given = {"min": min_shapes, "opt": opt_shapes, "max": max_shapes}
     parsed = {which: parse_shapes(text) if text else None for which, text in given.items()}
     # A dimension that is given once and not varied need not be typed three times.
     fallback = parsed["opt"] or parsed["max"] or parsed["min"]
@@ -143,6 +142,18 @@ def _shapes(model: ir.Model, recipe: Recipe) -> Shapes:
                 f"{resolved['max'][name]} are not in order; give --min-shapes, --opt-shapes and --max-shapes"
             )
     return Shapes(min=resolved["min"], opt=resolved["opt"], max=resolved["max"])
+
+
+def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
+    asked = recipe.precision
+    if asked in ("auto", "int8"):
+        if asked == "int8" and "int8" not in target.types:
+            raise UserError(f"--precision int8: {target.name} has no int8; it has {', '.join(target.types)}")
+        return target.compute_type
+    if asked not in target.types:
+        raise UserError(f"--precision {asked}: {target.name} has no {asked}; it has {', '.join(target.types)}")
+    # On a CPU the operator alone multiplies in bf16; what is between its nodes stays in float32.
+    return target.compute_type if target.kind == "cpu" else _COMPUTE_TYPES[asked]
 
 
 def _with_batch(model: ir.Model, name: str, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:

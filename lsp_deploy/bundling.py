@@ -1,0 +1,267 @@
+"""The verb `bundle`: a model with everything that its device needs to build and measure an engine itself."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lsp_deploy import __version__, console
+from lsp_deploy.building import has_two_four, model_in, shapes_for
+from lsp_deploy.errors import UserError
+from lsp_deploy.files import write_text
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from lsp_deploy.bundle.records import Records
+    from lsp_deploy.hardware.target import Target
+    from lsp_deploy.steps.preparation import Shapes
+
+__all__ = ["Bundle", "bundle_model"]
+
+_ON_DEVICE = Path(__file__).parent / "bundle" / "on_device"
+_PLUGIN = "build/liblsp_block_sparse.so"
+# Of the plugin: what its CMake files ask for.
+_CMAKE, _CUDA = "3.22", "12.6"
+_NOT_NEEDED = frozenset({"emulation", "__pycache__"})
+"""Folders of the plugin that only tests use."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What was packed."""
+
+    path: Path
+    target: str
+    size_bytes: int
+    files: list[str]
+    plugin: bool
+    """Whether the plugin's sources are in it."""
+
+    def lines(self) -> list[str]:
+        """Return what `bundle` prints."""
+        name, folder = self.path.name, self.path.name.split(".", 1)[0]
+        quoted, into = shlex.quote(name), shlex.quote(folder)
+        plugin = ", with the plugin's sources" if self.plugin else ""
+        return [
+            f"{self.path}: {self.size_bytes / 1e6:.1f} MB, {len(self.files)} files for {self.target}{plugin}",
+            f"on the device: mkdir {into} && tar -xf {quoted} -C {into} && cd {into} && ./build.sh && ./profile.sh",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the same for `--json`."""
+        return {
+            "bundle": str(self.path),
+            "target": self.target,
+            "size_bytes": self.size_bytes,
+            "files": self.files,
+            "plugin": self.plugin,
+        }
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A bundle's model and what belongs to it."""
+
+    model: ir.Model
+    target: Target
+    shapes: Shapes
+    two_four: bool
+    plugin: bool
+    records: Records | None
+
+
+def bundle_model(source: Path, target_name: str, output: Path, shapes: Mapping[str, str | None]) -> Bundle:
+    """Pack `source`, an output folder of `compress` or an ONNX file, for a device that builds its own engines.
+
+    Args:
+        source: what to pack; of an output folder its plan and report go along, without the paths in them.
+        target_name: name or TOML file of the device.
+        output: archive to write: .tar.zst or .tar.gz.
+        shapes: min_shapes, opt_shapes and max_shapes, each as x:1x3x224x224; without, those of `compress`.
+
+    Raises:
+        UserError: no usable model, a target that does not build its own engines, or one that cannot take the model.
+    """
+    from lsp_deploy.bundle.archive import check_suffix, write_archive, write_sums
+    from lsp_deploy.hardware.target import load_target
+
+    check_suffix(output)
+    target = load_target(target_name)
+    if not target.build_on_device or target.kind != "gpu":
+        raise UserError(
+            f"a bundle is for devices that alone can build their engines, such as agx-orin; for {target.name}: "
+            f"lsp-deploy build {source} --target {target_name}"
+        )
+    content = _content(source, target, shapes)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="lsp-deploy-") as name:
+        folder = Path(name)
+        _fill(folder, content)
+        write_sums(folder)
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        write_archive(folder, output)
+    return Bundle(output, target.name, output.stat().st_size, files, content.plugin)
+
+
+def _content(source: Path, target: Target, given: Mapping[str, str | None]) -> _Content:
+    from lsp_deploy.bundle.device_model import for_device
+    from lsp_deploy.bundle.records import read_records
+    from lsp_deploy.model import load_model
+    from lsp_deploy.plugins.operators import operator_nodes
+
+    path = model_in(source)
+    records = read_records(path.parent) if path.name == "model.onnx" else None
+    if records is not None and records.plan.target != target.name:
+        console.warn(f"{path} was compressed for {records.plan.target}: what pays there need not pay on {target.name}")
+    model = load_model(path)
+    shapes = shapes_for(path, model, given)
+    two_four = has_two_four(path, shapes)
+    model = for_device(model, path, target)
+    return _Content(model, target, shapes, two_four, bool(operator_nodes(model)), records)
+
+
+def _fill(folder: Path, content: _Content) -> None:
+    """Write everything but the sums into `folder`."""
+    from lsp_deploy.bundle.records import write_records
+    from lsp_deploy.engines.power import ina3221
+    from lsp_deploy.model import save_model
+
+    save_model(content.model, folder / "model.onnx")
+    for name in ("build.sh", "profile.sh", "README.md"):
+        write_text(folder / name, _rendered(name, _values(content, folder)))
+    shutil.copyfile(_ON_DEVICE / "measure.py", folder / "measure.py")
+    shutil.copyfile(ina3221.__file__, folder / "ina3221.py")
+    if content.plugin:
+        _copy_plugin(folder / "plugin")
+    if content.records is not None:
+        write_records(content.records, folder / "report")
+    write_text(folder / "bundle.json", json.dumps(_description(content), indent=1) + "\n")
+
+
+def _copy_plugin(folder: Path) -> None:
+    """Copy the plugin's sources as they were installed with this package."""
+    from lsp_deploy import plugins
+
+    installed = Path(plugins.__file__).parent
+    for part in ("cuda", "tensorrt"):
+        for path in sorted((installed / part).rglob("*")):
+            place = path.relative_to(installed)
+            if path.is_file() and path.suffix != ".py" and not _NOT_NEEDED.intersection(place.parts):
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / place)
+
+
+def _rendered(name: str, values: Mapping[str, Any]) -> str:
+    """Return a script or page of the device, filled with `values`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_ON_DEVICE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(f"{name}.jinja").render(values)
+
+
+def _values(content: _Content, folder: Path) -> dict[str, Any]:
+    """Return what the templates are filled with; flags are quoted for the shell."""
+    target, report = content.target, content.records.report if content.records is not None else None
+    calibration = report.data.calibration if report is not None else None
+    return {
+        "model": "model.onnx",
+        "title": target.title,
+        "quoted_title": shlex.quote(target.title),
+        "tensorrt": target.tensorrt or "of its JetPack",
+        "architecture": str(target.compute_capability).replace(".", ""),
+        "plugin": content.plugin,
+        "records": content.records is not None,
+        "external": (folder / "model.onnx.data").exists(),
+        "opset": content.model.opset_imports[""],
+        "borders": list(_borders(content.model)),
+        "preprocess": calibration.preprocess if calibration is not None else None,
+        "batches": _batches(content),
+        "batch": next(iter(content.shapes.opt.values()))[0],
+        "build_flags": _build_flags(content),
+        "run_flags": _run_flags(content),
+        "cmake": _CMAKE,
+        "cuda": _CUDA,
+        "version": __version__,
+    }
+
+
+def _build_flags(content: _Content) -> list[str]:
+    flags = ["--onnx=model.onnx", "--saveEngine=model.engine", "--skipInference", "--stronglyTyped"]
+    if content.two_four:
+        flags.append("--sparsity=enable")
+    if content.plugin:
+        flags.append(f"--dynamicPlugins={_PLUGIN}")
+    shapes = content.shapes
+    if shapes.min != shapes.max:
+        bounds = {"min": shapes.min, "opt": shapes.opt, "max": shapes.max}
+        flags += [f"--{bound}Shapes={_shapes_text(sizes)}" for bound, sizes in bounds.items()]
+    flags += ["--timingCacheFile=build/timing.cache", "--profilingVerbosity=detailed"]
+    return [shlex.quote(flag) for flag in [*flags, "--exportLayerInfo=build/layers.json"]]
+
+
+def _run_flags(content: _Content) -> list[str]:
+    flags = ["--loadEngine=model.engine", "--useCudaGraph", "--useSpinWait"]
+    if content.plugin:
+        flags.append(f"--dynamicPlugins={_PLUGIN}")
+    quoted = [shlex.quote(flag) for flag in flags]
+    shapes = content.shapes
+    if shapes.min != shapes.max:
+        parts = [f"{shlex.quote(name)}:{_batched(content, name)}" for name in shapes.opt]
+        quoted.append(f"--shapes={','.join(parts)}")
+    return quoted
+
+
+def _batched(content: _Content, name: str) -> str:
+    """Return the shape that an input is measured at, with the shell's $batch where its batch may vary."""
+    shape = content.shapes.opt[name]
+    varies = content.shapes.min[name][0] != content.shapes.max[name][0]
+    return "x".join(['"$batch"' if varies else str(shape[0]), *map(str, shape[1:])])
+
+
+def _batches(content: _Content) -> dict[str, int] | None:
+    """Return the batches that an engine takes, or None where there is one only."""
+    shapes = content.shapes
+    varying = [name for name in shapes.opt if shapes.min[name][0] != shapes.max[name][0]]
+    if not varying:
+        return None
+    least, most = max(shapes.min[name][0] for name in varying), min(shapes.max[name][0] for name in varying)
+    return {"least": least, "tuned": shapes.opt[varying[0]][0], "most": most}
+
+
+def _borders(model: ir.Model) -> Iterator[tuple[str, str, str, str]]:
+    for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in values:
+            if not value.is_initializer():
+                shape = "?" if value.shape is None else " × ".join(str(size) for size in value.shape)
+                yield kind, str(value.name), "?" if value.dtype is None else value.dtype.numpy().name, shape
+
+
+def _shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def _description(content: _Content) -> dict[str, Any]:
+    shapes, target = content.shapes, content.target
+    return {
+        "format": "lsp-deploy.bundle.v1",
+        "tool_version": __version__,
+        "target": {"name": target.name, "title": target.title, "compute_capability": target.compute_capability},
+        "model": "model.onnx",
+        "opset": content.model.opset_imports[""],
+        "shapes": {"min": shapes.min, "opt": shapes.opt, "max": shapes.max},
+        "two_four_weights": content.two_four,
+        "plugin": content.plugin,
+    }
