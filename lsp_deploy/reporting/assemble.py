@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lsp_deploy import __version__
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.reporting.attention_levels import attention_section
-from lsp_deploy.reporting.execution_rows import attention_execution, linear_time
+from lsp_deploy.reporting.execution_rows import attention_execution, linear_time, operator_words
 from lsp_deploy.reporting.judgement import budget_section, run_warnings
 from lsp_deploy.reporting.layer_rows import layer_rows
 from lsp_deploy.reporting.power_rows import power_section
@@ -82,12 +82,14 @@ def assemble(
     """
     layers = layer_rows(plan, built.info, removed, pruning)
     budget = budget_section(measured.fidelity, recipe)
+    attended = attention_execution(plan.attention)
+    needs = operator_words(layers, attended)
     profiles = [_profile(profile, label, target) for label, profile in measured.profiles.items()]
     return Report(
         tool_version=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
-        notes=list(data.notes),
+        notes=[*data.notes, *([needs] if needs else [])],
         warnings=run_warnings(data, layers, budget, built, measured.fidelity),
         model=_model(prepared, plan),
         target=TargetSection(
@@ -102,7 +104,7 @@ def assemble(
         flops=_flops(prepared, plan, removed),
         layers=layers,
         linear_time=linear_time(plan, _batch(prepared)),
-        attention_execution=attention_execution(plan.attention),
+        attention_execution=attended,
         pruning=pruning_section(pruning),
         attention=attention_section(attention),
         fidelity=_fidelity(measured.fidelity),

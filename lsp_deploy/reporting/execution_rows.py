@@ -10,7 +10,15 @@ from lsp_deploy.plan import AttentionDecision, LayerPlan, Plan
 from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.sections import AttentionExecution, LayerExecution, LayerRow, LinearTimeSection
 
-__all__ = ["attention_execution", "layer_execution", "layer_time_ms", "linear_time", "linear_time_words", "run_as"]
+__all__ = [
+    "attention_execution",
+    "layer_execution",
+    "layer_time_ms",
+    "linear_time",
+    "linear_time_words",
+    "operator_words",
+    "run_as",
+]
 
 _DENSE = "matmul fp32"
 
@@ -55,6 +63,17 @@ def linear_time_words(times: LinearTimeSection, layers: Sequence[LayerRow]) -> s
         f"linear layers: {', '.join(f'{number} {kernel}' for kernel, number in kernels)}; "
         f"{formatting.milliseconds(times.compressed_ms)} together, {formatting.milliseconds(times.dense_ms)} as dense "
         f"{_DENSE} (measured, shape by shape, batch {times.batch}, {formatting.count(times.threads, 'thread')})"
+    )
+
+
+def operator_words(layers: Sequence[LayerRow], attention: AttentionExecution | None) -> str | None:
+    """Return what a user's own session needs for operators of this project; None where the model has none."""
+    kernels = {layer.execution.kernel for layer in layers if not layer.gone}
+    if "block_sparse" not in kernels and (attention is None or attention.kernel != "lsp"):
+        return None
+    return (
+        "model.onnx has operators of lsp-deploy: a session of your own needs lsp_deploy.plugins.register(options), "
+        "and `lsp-deploy lower` writes the same with stock operators"
     )
 
 

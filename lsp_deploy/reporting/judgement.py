@@ -69,9 +69,16 @@ def run_warnings(
             f"{other[0].name}: {other[0].engine.note}{' and others' if len(other) > 1 else ''}"
         )
     left = [layer for layer in layers if not layer.gone]
-    if any(layer.sparsity.pattern == "block" and not layer.execution.times_us for layer in left):
-        which = "block zeros" if all(layer.structure is None for layer in layers) else "the block zeros that are left"
-        warnings.append(f"no engine gains from {which} yet: they stay in ordinary MatMuls, at the dense speed")
+    stay = [
+        layer
+        for layer in left
+        if layer.sparsity.pattern == "block" and layer.execution.kernel == "engine" and not layer.execution.times_us
+    ]
+    if stay:
+        warnings.append(
+            f"the block zeros of {len(stay)} layers stay in ordinary MatMuls, at the dense speed: "
+            f"{stay[0].name}: {stay[0].execution.reason}"
+        )
     gain_nothing = sum(layer.engine.uses_two_four is False for layer in layers)
     if gain_nothing and built.info is not None:
         builder = built.info.backend

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.cards import as_asked_words, budget_words
-from lsp_deploy.reporting.execution_rows import linear_time_words
+from lsp_deploy.reporting.execution_rows import linear_time_words, operator_words
 from lsp_deploy.reporting.plan_table import reason_table
 from lsp_deploy.reporting.power_rows import power_cells
 from lsp_deploy.reporting.pruning_words import loss_words, pruning_words
@@ -38,7 +38,8 @@ def summary_renderables(report: Report) -> list[RenderableType]:
     # Commands to be pasted are not broken; in a group, because a bare Text loses that when it is printed.
     parts += [Text(words), Group(*(Text(line, no_wrap=True, overflow="ignore") for line in commands))]
     names = ", ".join(file.name for file in report.outputs)
-    parts += [Text(f"files: {names}")] if names else []
+    needs = operator_words(report.layers, report.attention_execution)
+    parts += [Text(line) for line in (f"files: {names}" if names else None, needs) if line]
     return parts + [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
 
 

@@ -8,7 +8,7 @@ from report_samples import sample_engine, sample_plan, sample_report
 from lsp_deploy.engines.protocol import EngineInfo, LayerRecord
 from lsp_deploy.plan import ExecutionDecision, Plan
 from lsp_deploy.reporting.cards import as_asked_words, cards
-from lsp_deploy.reporting.execution_rows import linear_time, linear_time_words
+from lsp_deploy.reporting.execution_rows import linear_time, linear_time_words, operator_words
 from lsp_deploy.reporting.layer_rows import layer_rows
 from lsp_deploy.reporting.reasons import engine_groups, execution_groups, precision_groups, sparsity_groups
 
@@ -189,6 +189,12 @@ def test_without_all_times_there_is_no_sum(plan: Plan) -> None:
     on_cpu(plan).layers[3].execution.times_us.pop("block_sparse int8")
     assert linear_time(plan, batch=8) is None
     assert layer_rows(plan, None)[3].time_ms is None
+
+
+def test_who_runs_the_model_is_told_what_it_needs(plan: Plan) -> None:
+    assert operator_words(layer_rows(plan, None), None) is None
+    words = operator_words(layer_rows(on_cpu(plan), None), None)
+    assert words is not None and "plugins.register" in words and "lsp-deploy lower" in words
 
 
 def test_layers_that_were_not_timed_are_in_no_group(plan: Plan) -> None:
