@@ -156,6 +156,21 @@ def test_float_x_is_quantized_to_the_letter(kernels: ctypes.CDLL, isa: str) -> N
     np.testing.assert_array_equal(linear(x), np.nan_to_num(quantized(x, scale, offset), nan=-128))
 
 
+def test_float_x_is_rounded_to_bfloat16_to_the_letter(kernels: ctypes.CDLL, isa: str) -> None:
+    """To the nearest, even in the middle. Each row has one x that is not 0, for a NaN spreads over its row."""
+    steps = np.arange(1.0, 1.0 + 2**-5, 2**-9)  # every other one is in the middle between two
+    values = np.concatenate([steps, -steps, [1e30, np.inf, -np.inf, np.nan, 3.3895e38]]).astype(np.float32)
+    x = np.zeros((len(values), 16), np.float32)
+    x[:, 3] = values
+    weight = np.zeros((16, 16), ml_dtypes.bfloat16)
+    weight[3, 5] = 1
+    linear = Linear(
+        kernels, K=16, N=16, block=(16, 16), col_ptr=np.array([0, 1]), k_idx=np.array([0]), values=weight,
+        bias=np.zeros(16, np.float32), scale=np.ones(16, np.float32), isa=isa,
+    )  # fmt: skip
+    np.testing.assert_array_equal(linear(x)[:, 5], values.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_activations_over_their_whole_range(kernels: ctypes.CDLL, isa: str, activation: str) -> None:
     x = np.concatenate([np.linspace(-12, 12, 4000), [-1e4, -100, 100, 1e4, 3e38, -3e38], np.zeros(26)])
