@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU shows: that the kernels are right on it, without races, and what they gain. Needs CUDA's nvcc, CMake, a
-# Python with PyTorch for CUDA, numpy, onnx_ir and ml_dtypes (PYTHON names it); lsp-deploy need not be installed.
+# Python with PyTorch for CUDA, numpy, onnx_ir and ml_dtypes (PYTHON names it); lsp-deploy need not be installed. Where
+# lsp-deploy[tensorrt] is, engines are built and run too.
 #
 #   scripts/gpu_check.sh OUT [--full]      about 6 minutes, with --full 20; the tables go to OUT/kernels.md
 set -euo pipefail
@@ -34,3 +35,9 @@ else
     echo "compute-sanitizer is not there: races and bounds were not looked for"
 fi
 "$python" "$root/benchmarks/gpu_kernel.py" "$library" --check-every 50 --forward deit_base --energy-seconds 20 "$@" | tee "$out/kernels.md"
+
+if "$python" -I -c 'import lsp_deploy, tensorrt; from cuda.bindings import runtime' 2> /dev/null; then
+    "$python" "$root/benchmarks/gpu_engines.py" "$out/engines"
+else
+    echo "lsp-deploy[tensorrt] is not installed in $python: no engine was built and run"
+fi
