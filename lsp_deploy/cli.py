@@ -60,6 +60,9 @@ OptShapesOption = Annotated[
 MaxShapesOption = Annotated[
     str | None, typer.Option("--max-shapes", help="Largest input shapes.  [default: those of compress, or batch 32]")
 ]
+PluginOption = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="Plugin library of a GPU's engine; repeat for several.")
+]
 PowerOption = Annotated[
     bool | None, typer.Option("--power/--no-power", help="Measure power and energy.  [default: where there is a meter]")
 ]
@@ -242,6 +245,7 @@ def profile(
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
     duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of measuring a batch size.")] = 3.0,
     warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Seconds of warm-up a batch size.")] = 0.5,
+    plugin: PluginOption = None,
     rate: RateOption = None,
     power: PowerOption = None,
     json: JsonOption = False,
@@ -259,6 +263,7 @@ def profile(
         threads=jobs or available_cores(),
         duration=duration,
         warm_up=warm_up,
+        plugins=plugin or (),
         rate_per_s=rate,
         power=power,
     )
@@ -287,6 +292,7 @@ def compare(
     shapes: ShapesOption = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also measure the SQNR of every linear layer.")] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
+    plugin: PluginOption = None,
     rate: RateOption = None,
     power: PowerOption = None,
     json: JsonOption = False,
@@ -308,6 +314,7 @@ def compare(
         layers=layers,
         threads=jobs or available_cores(),
         target=target,
+        plugins=plugin or (),
         rate_per_s=rate,
         power=power,
     )

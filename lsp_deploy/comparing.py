@@ -62,6 +62,7 @@ def compare_models(
     layers: bool,
     threads: int,
     target: str = "cpu",
+    plugins: Sequence[Path] = (),
     rate_per_s: float | None = None,
     power: bool | None = None,
 ) -> Comparison:
@@ -100,7 +101,7 @@ def compare_models(
     paths = {"dense": dense, "compressed": compressed}
     batches = batches or _default_batches(models["dense"])
     runs_on = load_target(target)
-    with _engines(paths, models, runs_on, shapes, (*batches, evaluator.batch), threads) as engines:
+    with _engines(paths, models, runs_on, shapes, (*batches, evaluator.batch), threads, plugins) as engines:
         description = f"compressed model on {runs_on.title}"
         outputs = run_dataset(
             engines["compressed"], dataset, evaluator.batch, evaluator.output, description=description
@@ -125,6 +126,7 @@ def profile_model(
     threads: int,
     duration: float,
     warm_up: float,
+    plugins: Sequence[Path] = (),
     rate_per_s: float | None = None,
     power: bool | None = None,
 ) -> list[Profile]:
@@ -138,6 +140,7 @@ def profile_model(
         threads: CPU threads.
         duration: seconds of measuring; with a power meter three of its windows at least.
         warm_up: seconds before.
+        plugins: libraries that a GPU's engine needs.
         rate_per_s: requests a second; None: back-to-back.
         power: True: a meter must be there; None: where there is one; False: no.
 
@@ -154,7 +157,7 @@ def profile_model(
     models = {} if is_engine_file(model) else {model.name: load_model(model)}
     loaded = models.get(model.name)
     sizes = batches or (_default_batches(loaded) if loaded is not None else (1,))
-    with _engines(paths, models, runs_on, shapes, sizes, threads) as engines:
+    with _engines(paths, models, runs_on, shapes, sizes, threads, plugins) as engines:
         (engine,) = engines.values()
         dataset = open_dataset(
             "random",
@@ -237,16 +240,16 @@ def _engines(
     shapes: Shapes | None,
     batches: Sequence[int],
     threads: int,
+    plugins: Sequence[Path],
 ) -> Iterator[Mapping[str, Engine]]:
     """Open models, or engine files where there is no model of that label, on the target."""
     from contextlib import ExitStack
 
     from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
-    from lsp_deploy.engines.protocol import BuildOptions
     from lsp_deploy.gpu_engines import build_options, gpu_engines
 
     if target.kind == "gpu":
-        options = build_options(next(iter(models.values())), shapes, batches) if models else BuildOptions()
+        options = build_options(next(iter(models.values()), None), shapes, batches, plugins)
         with gpu_engines(paths, target, options) as engines:
             yield engines
         return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lsp_deploy import console
 from lsp_deploy.engines.protocol import Backend, BuildOptions, Engine, read_sidecar
+from lsp_deploy.engines.tensorrt_common.loading import load_engine
 from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,17 +29,24 @@ def is_engine_file(path: Path) -> bool:
 
 
 def build_options(
-    model: ir.Model, shapes: Mapping[str, tuple[int, ...]] | None, batches: Sequence[int]
+    model: ir.Model | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    batches: Sequence[int],
+    plugins: Sequence[Path] = (),
 ) -> BuildOptions:
-    """Return options for an engine that runs every batch up to the largest, for which it is tuned.
+    """Return options for an engine of `model` that runs every batch up to the largest, for which it is tuned.
+
+    Without a model, for an engine that is built already, they name the plugins only.
 
     Raises:
         UserError: a given shape that does not fit, or a dynamic dimension beyond the batch that is not given.
     """
     from lsp_deploy.model import resolve_shapes
 
+    if model is None:
+        return BuildOptions(plugins=tuple(plugins))
     low, high = (resolve_shapes(model, shapes, batch=batch) for batch in (1, max(batches)))
-    return BuildOptions(min_shapes=low, opt_shapes=high, max_shapes=high)
+    return BuildOptions(min_shapes=low, opt_shapes=high, max_shapes=high, plugins=tuple(plugins))
 
 
 @contextmanager
@@ -54,7 +62,10 @@ def gpu_engines(paths: Mapping[str, Path], target: Target, options: BuildOptions
     with tempfile.TemporaryDirectory(prefix="lsp-deploy-") as folder, ExitStack() as stack:
         engines = {}
         for number, (label, path) in enumerate(paths.items()):
-            opened = _load(path) if is_engine_file(path) else _build(path, target, options, Path(folder), number)
+            if is_engine_file(path):
+                opened = _load(path, options.plugins)
+            else:
+                opened = _build(path, target, options, Path(folder) / f"{number}.engine")
             engines[label] = stack.enter_context(opened)
             for warning in engines[label].describe().warnings:
                 console.warn(f"{label}: {warning}")
@@ -78,26 +89,22 @@ def engine_shapes(engine: Engine, given: Mapping[str, tuple[int, ...]] | None) -
     return shapes
 
 
-def _build(path: Path, target: Target, options: BuildOptions, folder: Path, number: int) -> Engine:
+def _build(path: Path, target: Target, options: BuildOptions, engine: Path) -> Engine:
     backend = _running_backend(target)
     # 2:4 kernels are for weights with the pattern: the others are the same with as without.
     options = options.model_copy(update={"sparse_weights": backend.name == "tensorrt"})
-    engine = folder / f"{number}.engine"
     with console.progress(f"building {path.name} with {backend.name} for {target.name}", 1) as advance:
         backend.build(path, engine, target, options)
         advance(1)
     return backend.load(engine)
 
 
-def _load(path: Path) -> Engine:
-    from lsp_deploy.engines.backends import backends
-
+def _load(path: Path, plugins: Sequence[Path]) -> Engine:
     info = read_sidecar(path) if path.is_file() else None
-    name = info.backend if info is not None else "tensorrt"
-    backend = next((backend for backend in backends() if backend.name == name), None)
-    if backend is None:
-        raise UserError(f"{path} is an engine of {name}, which is not known here")
-    return backend.load(path)
+    built_with = info.backend if info is not None else "tensorrt"
+    if built_with not in ("tensorrt", "tensorrt_rtx"):
+        raise UserError(f"{path} is an engine of {built_with}, which does not run on a GPU here")
+    return load_engine("tensorrt" if built_with == "tensorrt" else "tensorrt_rtx", path, plugins=plugins)
 
 
 def _running_backend(target: Target) -> Backend:

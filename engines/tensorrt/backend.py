@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,17 +96,18 @@ class TensorRtBackend:
         )
         return write_sidecar(info, engine_path)
 
-    def load(self, engine_path: Path, *, weights: Path | None = None) -> Engine:
+    def load(self, engine_path: Path, *, weights: Path | None = None, plugins: Sequence[Path] = ()) -> Engine:
         """Return the engine in `engine_path` on the GPU of this machine.
 
         Args:
             engine_path: the engine.
             weights: ONNX file whose weights go into an engine that is refittable or was built without.
+            plugins: libraries of the plugins in it that it does not hold itself.
 
         Raises:
             UserError: there is no such file, no GPU, or the GPU is not the one that the engine is built for.
         """
-        return load_engine("tensorrt", engine_path, weights=weights)
+        return load_engine("tensorrt", engine_path, weights=weights, plugins=plugins)
 
 
 def _fits(gpu: Gpu, target: Target | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def configure(trt: Any, config: Any, options: BuildOptions, compute_capability: 
         config.set_compute_capability(_member(trt, trt.ComputeCapability, f"SM{major}{minor}"), 0)
 
 
-def load_plugins(trt: Any, logger: Any, paths: tuple[Path, ...]) -> None:
+def load_plugins(trt: Any, logger: Any, paths: Sequence[Path]) -> None:
     """Make TensorRT's own plugins known, and those of the libraries in `paths`.
 
     Raises:
-        NotInThisVersionError: a library cannot be loaded.
+        NotInThisVersionError: a library is not there, or not one for this version.
     """
     trt.init_libnvinfer_plugins(logger, "")
     for path in paths:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsp_deploy.engines.protocol import EngineInfo, read_sidecar
+from lsp_deploy.engines.tensorrt_common.configuration import NotInThisVersionError, load_plugins
 from lsp_deploy.engines.tensorrt_common.cuda import Cuda, CudaError
 from lsp_deploy.engines.tensorrt_common.engine import TensorRtEngine
 from lsp_deploy.engines.tensorrt_common.gpu import Gpu, first_gpu
@@ -19,13 +20,16 @@ from lsp_deploy.errors import UserError
 __all__ = ["load_engine"]
 
 
-def load_engine(module: ModuleName, path: Path, *, weights: Path | None = None) -> TensorRtEngine:
+def load_engine(
+    module: ModuleName, path: Path, *, weights: Path | None = None, plugins: Sequence[Path] = ()
+) -> TensorRtEngine:
     """Read the engine in `path` onto the GPU of this machine.
 
     Args:
         module: what it was built with.
         path: the engine; its sidecar says which GPU it is for.
         weights: ONNX file whose weights go into it; an engine that was built without weights needs them.
+        plugins: libraries of the plugins in it that it does not hold itself.
 
     Raises:
         UserError: there is no such file, no GPU or another one, or TensorRT does not take the engine.
@@ -45,6 +49,10 @@ def load_engine(module: ModuleName, path: Path, *, weights: Path | None = None) 
     trt: Any = importlib.import_module(module)
     said: list[str] = []
     logger = make_logger(trt, lambda severity, text: said.append(text) if "ERROR" in severity else None)
+    try:
+        load_plugins(trt, logger, plugins)
+    except NotInThisVersionError as error:
+        raise UserError(str(error)) from None
     engine = _deserialized(trt, logger, path, info)
     if engine is None:
         raise UserError(f"{module} {trt.__version__} cannot load {path} on {gpu.name}{_reason(said)}")
@@ -71,7 +79,6 @@ def _fitting_gpu(path: Path, info: EngineInfo) -> Gpu:
 
 
 def _deserialized(trt: Any, logger: Any, path: Path, info: EngineInfo) -> Any:
-    trt.init_libnvinfer_plugins(logger, "")
     runtime = trt.Runtime(logger)
     options = info.options
     # Such engines hold libraries. The sidecar, whose hash is the file's, says that we put them there.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,13 +97,17 @@ class TensorRtRtxBackend:
         )
         return write_sidecar(info, engine_path)
 
-    def load(self, engine_path: Path) -> Engine:
+    def load(self, engine_path: Path, *, plugins: Sequence[Path] = ()) -> Engine:
         """Return the engine in `engine_path` on the GPU of this machine.
+
+        Args:
+            engine_path: the engine.
+            plugins: libraries of the plugins in it that it does not hold itself.
 
         Raises:
             UserError: there is no such file, no GPU, or the GPU is not the one that the engine is built for.
         """
-        return load_engine("tensorrt_rtx", engine_path)
+        return load_engine("tensorrt_rtx", engine_path, plugins=plugins)
 
 
 def _environment(folder: Path) -> dict[str, str]:

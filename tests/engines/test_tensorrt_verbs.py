@@ -15,7 +15,7 @@ from lsp_deploy.cli import app
 from lsp_deploy.engines import profiler
 from lsp_deploy.engines.protocol import BuildOptions
 from lsp_deploy.engines.tensorrt.backend import TensorRtBackend
-from lsp_deploy.errors import UserError
+from lsp_deploy.errors import CheckFailedError, UserError
 from lsp_deploy.hardware.target import load_target
 
 pytestmark = [
@@ -85,3 +85,22 @@ def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str, machin
 def test_a_gpu_that_is_not_here_is_a_sentence(make_model):
     with pytest.raises(UserError, match=r"h100 is not here: tensorrt: copy model.onnx to a machine with an NVIDIA GPU"):
         answer("profile", str(make_model()), "--target", "h100", *SHORT)
+
+
+def test_a_plugin_goes_into_the_engine_or_is_loaded_before_it(make_model, target: str, tmp_path: Path):
+    library = tmp_path / "lib.so"
+    with pytest.raises(CheckFailedError, match=r"tensorrt 10.3.0 cannot load the plugin library .*lib.so"):
+        answer("profile", str(make_model()), "--target", target, "--plugin", str(library), *SHORT)
+    library.write_bytes(b"")
+    answer("profile", str(make_model()), "--target", target, "--plugin", str(library), *SHORT)
+    engine = tmp_path / "e.engine"
+    TensorRtBackend().build(
+        make_model(batch=2), engine, load_target("a100"), BuildOptions(opt_shapes={"x": (2, 4, 64)})
+    )
+    (one,) = answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(library), *SHORT)[
+        "profiles"
+    ]
+    assert one["batch"] == 2
+    library.unlink()
+    with pytest.raises(UserError, match=r"tensorrt 10.3.0 cannot load the plugin library .*lib.so"):
+        answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(library), *SHORT)
