@@ -10,10 +10,16 @@ import onnx
 import onnx_ir as ir
 
 from lsp_deploy.passes.float32_nodes import nodes_kept_in_float32
+from lsp_deploy.plugins.block_sparse import operator as block_sparse
 
 __all__ = ["TYPED_BY_ATTRIBUTE", "float32_uses"]
 
-TYPED_BY_ATTRIBUTE = {"Cast": "to", "ConstantOfShape": "value", "DequantizeLinear": "output_dtype"}
+TYPED_BY_ATTRIBUTE = {
+    "Cast": "to",
+    "ConstantOfShape": "value",
+    "DequantizeLinear": "output_dtype",
+    block_sparse.OP_TYPE: "out_type",
+}
 """Operators whose result has the type that an attribute names."""
 
 
@@ -22,7 +28,7 @@ def float32_uses(model: ir.Model, dtype: ir.DataType) -> tuple[set[tuple[ir.Node
 
     An operator's schema says which of its inputs and outputs must have the same type, and whether that may be `dtype`.
     Nodes of operators without a schema stay float32, as do all that `nodes_kept_in_float32` names and everything in
-    subgraphs. An operator registered with `onnx.defs.register_schema` has a schema.
+    subgraphs. An operator registered with `onnx.defs.register_schema` has a schema, and lsp::BlockSparseLinear one here.
 
     Returns:
         The node inputs (node, index) that must read float32, and the node outputs that are float32.
@@ -60,7 +66,15 @@ def _kept_variables(node: ir.Node, known: _Signature, dtype: ir.DataType) -> set
     return kept if node.op_type in TYPED_BY_ATTRIBUTE else kept | (written - read)
 
 
+_FLOATS = frozenset({"tensor(float)", "tensor(float16)", "tensor(bfloat16)"})
+# Ours has no schema. Its bias and scale are float32, whatever it computes in.
+_BLOCK_SPARSE = ("T", "T", "tensor(float)", "tensor(float)", "T")
+
+
 def _signature(node: ir.Node, opset_imports: dict[str, int]) -> _Signature | None:
+    if node.domain == block_sparse.DOMAIN and node.op_type == block_sparse.OP_TYPE:
+        allowed = {"T": _FLOATS, "tensor(float)": frozenset({"tensor(float)"})}
+        return _Signature(_BLOCK_SPARSE[: len(node.inputs)], ("T",), allowed)
     schema = _schema(node.op_type, node.domain, opset_imports.get(node.domain, 1))
     if schema is None:
         return None

@@ -89,12 +89,14 @@ class InsertBlockSparsePass(ir.passes.InPlacePass):
 
     def _operands(self, layer: LayerPlan, linear: LinearNode) -> _Operands:
         dtype = layer.precision.dtype
-        if dtype in _FLOATS:
-            return _Operands(linear.weight.astype(_FLOATS[dtype]), linear.bias, np.ones(layer.N, np.float32), 0.0, 0.0)
+        # CastComputeTypePass rounds what the whole graph computes in.
+        floats = {**_FLOATS, self.plan.compute_type: np.float32}
+        if dtype in floats:
+            return _Operands(linear.weight.astype(floats[dtype]), linear.bias, np.ones(layer.N, np.float32), 0.0, 0.0)
         if dtype != "int8":
             raise UserError(
-                f"the plan has layer {layer.name} run by lsp::BlockSparseLinear in {dtype}; "
-                "its kernels compute in fp32, bf16 and int8"
+                f"the plan has layer {layer.name} run by lsp::BlockSparseLinear in {dtype}; in a graph of "
+                f"{self.plan.compute_type} its kernels compute in {', '.join(floats)} and int8"
             )
         x_scale, scale = np.float32(activation_scale(layer)), weight_scale(self.plan, layer)
         offset = layer.precision.activation_offset

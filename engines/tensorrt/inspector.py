@@ -13,7 +13,7 @@ from typing import Any
 
 from lsp_deploy.engines.compute_types import compute_type
 from lsp_deploy.engines.protocol import LayerRecord
-from lsp_deploy.engines.tensorrt_common.layer_words import element_type, multiplies, onnx_nodes
+from lsp_deploy.engines.tensorrt_common.layer_words import element_type, is_plugin, multiplies, onnx_nodes
 
 __all__ = ["InspectionError", "parse_inspection"]
 
@@ -68,6 +68,8 @@ def _record(layer: Mapping[str, Any] | str) -> LayerRecord:
 
 
 def _precision(kind: str, tactic: str, inputs: Sequence[str], matrices: Sequence[str], outputs: Sequence[str]) -> str:
+    if is_plugin(kind):
+        return compute_type(inputs[:1])
     if not multiplies(kind):
         return compute_type(inputs or outputs)
     if "int8" in inputs and _INT8_TACTIC.search(tactic):

@@ -22,6 +22,7 @@ from lsp_deploy.engines.tensorrt_common.configuration import (
 from lsp_deploy.engines.tensorrt_common.logger import make_logger
 from lsp_deploy.engines.tensorrt_common.messages import BuildRequest, BuildResponse, LogMessage, ParserError
 from lsp_deploy.engines.tensorrt_common.network import add_profile, network_flags, shape_refusal
+from lsp_deploy.engines.tensorrt_common.operators import provide_operators
 
 
 def main(request_path: str) -> None:
@@ -42,12 +43,15 @@ def _build(request: BuildRequest, log: TextIO) -> BuildResponse:
         versions = {request.module: trt.__version__}
         return BuildResponse(**{"built": False, "seconds": seconds, "versions": versions, **fields})
 
-    logger = make_logger(
-        trt, lambda severity, text: print(LogMessage(severity=severity, text=text).model_dump_json(), file=log)
-    )
+    def record(severity: str, text: str) -> None:
+        log.write(LogMessage(severity=severity, text=text).model_dump_json() + "\n")
+
+    logger = make_logger(trt, record)
     options = request.options
     try:
         load_plugins(trt, logger, options.plugins)
+        # The registry does not keep a plugin alive.
+        plugin, said = provide_operators(trt) if request.operators else (None, [])
         builder = trt.Builder(logger)
         network = builder.create_network(network_flags(trt))
         parser = trt.OnnxParser(network, logger)
@@ -61,8 +65,9 @@ def _build(request: BuildRequest, log: TextIO) -> BuildResponse:
     except NotInThisVersionError as error:
         return response(refusal=str(error))
     add_profile(builder, network, config, options)
-    remarks = read_timing_cache(config, options.timing_cache)
+    remarks = [*said, *read_timing_cache(config, options.timing_cache)]
     engine = builder.build_serialized_network(network, config)
+    del plugin
     if engine is None:
         return response()
     write_timing_cache(config, options.timing_cache)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from lsp_deploy.engines.own_operators import imports_operators
 from lsp_deploy.engines.protocol import BuildOptions, EngineBuildError
 from lsp_deploy.engines.tensorrt_common import build_log
 from lsp_deploy.engines.tensorrt_common.messages import BuildRequest, BuildResponse, LogMessage, ModuleName
@@ -67,6 +68,7 @@ def build_in_child(
             compute_capability=compute_capability,
             options=options,
             inspect=inspect,
+            operators=imports_operators(model_path),
         )
         response = _run(request, environment(folder) if environment is not None else None)
         messages = build_log.read_log(request.log)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["element_type", "multiplies", "onnx_nodes"]
+__all__ = ["element_type", "is_plugin", "multiplies", "onnx_nodes"]
 
 # Origins are set apart by a record or unit separator.
 _ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]?\[ONNX Layer: |$)")
@@ -22,6 +22,7 @@ _TYPE = re.compile(
     re.IGNORECASE,
 )
 _MULTIPLIES = re.compile("gemm|matmul|matrixmultiply|conv|correlation|fully_?connected|linear|runtime_fusion", re.I)
+_PLUGIN = re.compile("plugin|custom_layer", re.I)
 
 
 def element_type(text: str) -> str:
@@ -36,6 +37,11 @@ def element_type(text: str) -> str:
 def multiplies(kind: str) -> bool:
     """Return whether a layer of this kind multiplies by a matrix, and does not only prepare or move operands."""
     return _MULTIPLIES.search(kind) is not None
+
+
+def is_plugin(kind: str) -> bool:
+    """Return whether a layer of this kind is a plugin. Ours computes in the type of its first input, x."""
+    return _PLUGIN.search(kind) is not None
 
 
 def onnx_nodes(metadata: str) -> list[str]:

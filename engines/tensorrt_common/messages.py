@@ -29,6 +29,7 @@ class BuildRequest(_Strict):
         None, description="to build for, where the module can build for a GPU that is not there"
     )
     inspect: bool = Field(description="whether to load the engine and write what its inspector says")
+    operators: bool = Field(False, description="whether the model holds operators of ours, which a plugin must bring")
 
     @property
     def engine(self) -> Path:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lsp_deploy.engines.compute_types import compute_type
 from lsp_deploy.engines.protocol import LayerRecord
-from lsp_deploy.engines.tensorrt_common.layer_words import element_type, multiplies, onnx_nodes
+from lsp_deploy.engines.tensorrt_common.layer_words import element_type, is_plugin, multiplies, onnx_nodes
 from lsp_deploy.engines.tensorrt_common.messages import LogMessage
 
 __all__ = ["LayerTable", "parse_layer_table", "read_layer_table"]
@@ -60,6 +60,8 @@ def _record(match: re.Match[str]) -> LayerRecord:
     operands = inputs or outputs
     if multiplies(match["kind"]):
         operands = [*inputs, *(tensor for tensor in constants if _is_matrix(tensor))]
+    elif is_plugin(match["kind"]):
+        operands = operands[:1]
     return LayerRecord(
         name=match["name"],
         kind=match["kind"],

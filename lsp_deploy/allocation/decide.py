@@ -1,7 +1,7 @@
 """From what was asked and what was measured to a plan: every layer's decision with its reason.
 
-Zeros that were typed come first; element types are decided on what they leave; then what `auto` adds, and last, on a
-CPU, what runs each layer.
+Zeros that were typed come first; element types are decided on what they leave; then what `auto` adds, and last what
+runs each layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from lsp_deploy import __version__
 from lsp_deploy.allocation.blocks import add_blocks, blocks_within_loss, typed_blocks
 from lsp_deploy.allocation.budget import largest_within_budget
 from lsp_deploy.allocation.execution import decide_execution
+from lsp_deploy.allocation.gpu_execution import decide_gpu_execution
 from lsp_deploy.allocation.precision import decide_precision, without_int8
 from lsp_deploy.allocation.pruning import Pruning
 from lsp_deploy.allocation.question import Question, planned_weight, set_weight_scales
@@ -54,7 +55,8 @@ def decide(question: Question) -> tuple[Plan, Pruning | None]:
     elif recipe.sparsity == "auto":
         add = add_two_four if question.timings is None else add_blocks
         plan, added = add(question, plan, budget)
-    plan = decide_execution(question, plan, budget)
+    on_gpu = question.target.kind == "gpu"
+    plan = decide_gpu_execution(question, plan) if on_gpu else decide_execution(question, plan, budget)
     set_weight_scales(plan, question.weights)
     return plan, added or pruning
 

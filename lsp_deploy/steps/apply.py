@@ -48,7 +48,9 @@ def apply_plan(
     """
     import onnx_ir as ir
 
+    from lsp_deploy.passes.bsl16_blocks import Bsl16BlocksPass
     from lsp_deploy.passes.cast_compute_type import CastComputeTypePass
+    from lsp_deploy.passes.quantize_operator_inputs import QuantizeOperatorInputsPass
     from lsp_deploy.passes.set_io_types import SetIoTypesPass
     from lsp_deploy.passes.split_qkv import SplitQkvPass
 
@@ -69,6 +71,8 @@ def apply_plan(
         wanted = dict.fromkeys(original_io, compute_type[plan.compute_type])
     if kind == "gpu":
         SplitQkvPass()(compressed)
+        QuantizeOperatorInputsPass()(compressed)
+        Bsl16BlocksPass()(compressed)
     SetIoTypesPass(wanted)(compressed)
     return Applied(compressed, structure)
 

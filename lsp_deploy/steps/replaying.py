@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsp_deploy import console
+from lsp_deploy.allocation.gpu_execution import operator_cannot_run
 from lsp_deploy.allocation.masks import block_mask, magnitude_score, two_four_mask
 from lsp_deploy.allocation.question import set_weight_scales
 from lsp_deploy.errors import UserError
@@ -82,15 +83,18 @@ def _check(plan: Plan, prepared: PreparedModel, target: Target, path: Path) -> N
             raise UserError(f"{path}: layer {decided.name} ({decided.K} × {decided.N}) is not in {prepared.path}")
         if decided.precision.dtype == "int8" and decided.precision.activation_scale is None:
             raise UserError(f"{path}: layer {decided.name} is int8 but has no activation_scale")
-        if (wrong := _cannot_run(decided, found, target)) is not None:
+        if (wrong := _cannot_run(decided, found, _block_shape(plan), target)) is not None:
             raise UserError(f"{path}: layer {decided.name} {wrong}")
 
 
-def _cannot_run(decided: LayerPlan, layer: LinearLayer, target: Target) -> str | None:
+def _cannot_run(decided: LayerPlan, layer: LinearLayer, block: tuple[int, int], target: Target) -> str | None:
     """Return why a layer cannot be run the way its decision says, or None."""
     kernel, dtype = decided.execution.kernel, decided.precision.dtype
-    if kernel != "engine" and target.kind != "cpu":
-        return f"has execution.kernel {kernel}, which engines for {target.name} do not have: write engine"
+    if kernel == "qgemm" and target.kind != "cpu":
+        return f"has execution.kernel qgemm, which engines for {target.name} do not have: write engine"
+    if kernel == "block_sparse" and target.kind != "cpu":
+        why_not = operator_cannot_run(decided, layer, block, target)
+        return None if why_not is None else f"has execution.kernel block_sparse, but that {why_not}: write engine"
     if kernel == "qgemm" and dtype != "int8":
         return f"is {dtype}, and execution.kernel qgemm is for int8: write engine or block_sparse"
     if kernel == "block_sparse" and layer.node.op_type == "Conv":

@@ -7,6 +7,7 @@ this one stores in an engine is what the C++ plugin stores, so an engine that is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def _plugin_class(trt: Any) -> Any:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = OP_TYPE, NAMESPACE, PLUGIN_VERSION
             self.num_outputs = 1
-            self.timing_cache_id = str(hash(operator))
+            self.timing_cache_id = sha256(repr(operator).encode()).hexdigest()[:16]
             self.operator, self.types = operator, dict(types)
 
         def get_capability_interface(self, kind: Any) -> Any:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from lsp_deploy.files import sha256_of
 from lsp_deploy.plan import load_plan
+from lsp_deploy.plugins.block_sparse.operator import from_node
 
 DATA = ("--calibration-data", "calibration.npz", "--labels", "calibration_labels.csv")
 
@@ -126,7 +128,13 @@ def test_block_sparsity_reaches_the_flops_target(run, bare: Path) -> None:
     assert unmasked / dense == pytest.approx(0.7, abs=0.03)
     # Masks that leave neurons or heads dead save what else these have, too.
     assert report["flops"]["linear_remaining_fraction"] <= unmasked / dense + 1e-6
-    assert any("no engine gains from block zeros yet" in layer["sparsity"]["reason"] for layer in report["layers"])
+    lost = [layer for layer in report["layers"] if layer["sparsity"]["pattern"] == "block"]
+    assert lost and {layer["execution"]["kernel"] for layer in lost} == {"block_sparse"}
+    model = ir.load(out / "model.onnx")
+    operators = {node.name: from_node(node) for node in model.graph if node.op_type == "BlockSparseLinear"}
+    assert {layer["name"] for layer in lost if layer["structure"] is None} <= set(operators)
+    assert {operator.layout for operator in operators.values()} == {"bsl16.v1"}
+    assert not any("ordinary MatMuls" in warning for warning in report["warnings"])
 
 
 def test_max_drop_typed_and_missed_exits_1_with_all_files(run, bare: Path) -> None:

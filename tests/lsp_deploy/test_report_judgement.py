@@ -83,11 +83,20 @@ def test_everything_to_warn_of() -> None:
         "imagenet was assumed",
         "3 images of photos did not decode",
         f"1 of 6 linear layers in another element type than asked: {plan.layers[1].name}",
-        "block zeros",
+        f"the block zeros of 1 layers stay in ordinary MatMuls, at the dense speed: {plan.layers[2].name}: left to the",
         "2:4 zeros of 3 layers gain no speed in the tensorrt_rtx engine",
     ):
         assert sum(expected in warning for warning in warnings) == 1, expected
     assert len(warnings) == 9
+
+
+def test_block_zeros_that_an_operator_skips_are_no_warning() -> None:
+    plan = sample_plan(blocks=1, width=64)
+    for layer in plan.layers:
+        layer.sparsity.pattern, layer.execution.kernel = "block", "block_sparse"
+    rows = layer_rows(plan, sample_engine(plan))
+    warnings = run_warnings(data(), rows, None, Built(info=sample_engine(plan)), fidelity())  # type: ignore[arg-type]
+    assert not any("ordinary MatMuls" in warning for warning in warnings)
 
 
 def test_without_an_engine_nothing_is_said_of_its_kernels() -> None:
