@@ -28,7 +28,7 @@ def float32_uses(model: ir.Model, dtype: ir.DataType) -> tuple[set[tuple[ir.Node
 
     An operator's schema says which of its inputs and outputs must have the same type, and whether that may be `dtype`.
     Nodes of operators without a schema stay float32, as do all that `nodes_kept_in_float32` names and everything in
-    subgraphs. An operator registered with `onnx.defs.register_schema` has a schema, and lsp::BlockSparseLinear one here.
+    subgraphs. Operators registered with `onnx.defs.register_schema` have a schema, and lsp::BlockSparseLinear one here.
 
     Returns:
         The node inputs (node, index) that must read float32, and the node outputs that are float32.
