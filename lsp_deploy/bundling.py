@@ -153,7 +153,8 @@ def _copy_plugin(folder: Path) -> None:
     for part in ("cuda", "tensorrt"):
         for path in sorted((installed / part).rglob("*")):
             place = path.relative_to(installed)
-            if path.is_file() and path.suffix != ".py" and not _NOT_NEEDED.intersection(place.parts):
+            source = path.is_file() and path.suffix != ".py" and not path.name.startswith(".")
+            if source and not _NOT_NEEDED.intersection(place.parts):
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / place)
 

@@ -12,6 +12,8 @@ __all__ = ["PathRemover"]
 
 _NAMES_NO_PATH = frozenset({"--exclude"})
 """Flags whose value may hold slashes and is not a path: layers are named like folders."""
+# Around a path: no more of a name.
+_BEGINS, _ENDS = r"(?<![\w./-])", r"(?![\w-])"
 
 
 class PathRemover:
@@ -29,8 +31,10 @@ class PathRemover:
         named += _arguments(command)
         # Longest first: a path before the folder that it lies in.
         self._paths = sorted({path for path in named if "/" in path and Path(path).name}, key=lambda p: (-len(p), p))
+        beside = [Path(path).parent for path in self._paths if path.startswith("/")]
         # A folder of one name is left: /blocks may as well be the beginning of a layer's.
-        self._folders = sorted({str(folder) for folder in folders if len(folder.parts) > 2}, key=lambda p: (-len(p), p))
+        known = {str(folder) for folder in [*folders, *beside] if len(folder.parts) > 2}
+        self._folders = sorted(known, key=lambda p: (-len(p), p))
 
     def __call__(self, value: Any) -> Any:
         """Return a JSON value with every text in it shortened."""
@@ -45,22 +49,21 @@ class PathRemover:
     def _shortened(self, text: str) -> str:
         text = self._without_given_paths(text)
         for folder in self._folders:
-            text = text.replace(f"{folder}/", "")
+            text = re.sub(rf"{_BEGINS}{re.escape(folder)}/", "", text)
         return self._without_given_paths(text)  # those that were given from a folder that is gone now
 
     def _without_given_paths(self, text: str) -> str:
         for path in self._paths:
-            # Whole paths only: behind one may come the end of a sentence, but no more of a name.
-            text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w/-])", lambda match: Path(match[0]).name, text)
+            text = re.sub(rf"{_BEGINS}{re.escape(path)}{_ENDS}", lambda match: Path(match[0]).name, text)
         return text
 
 
 def _arguments(command: str) -> list[str]:
-    """Return the words of a command line, values behind a `=` as words of their own."""
-    words: list[str] = []
+    """Return the words of a command line that may be paths: arguments, and values of flags."""
+    words, flag = [], ""
     for word in shlex.split(command):
-        if words and words[-1].replace("_", "-") in _NAMES_NO_PATH:
-            continue
-        flag, _, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        words += [flag, value] if flag and value else [word]
+        name, given, value = word.partition("=") if word.startswith("-") else (flag, "=", word)
+        if given and name.replace("_", "-") not in _NAMES_NO_PATH:
+            words.append(value)
+        flag = "" if given else name
     return words

@@ -19,7 +19,6 @@ from typing import Any
 
 from ina3221 import Ina3221Meter, open_ina3221  # type: ignore[import-not-found]  # beside this file, in a bundle
 
-_WARM_UP_S = 2.0
 _SETTLE_S = 2.0
 """What clocks need to go down after the last kernel."""
 _MISALIGNED = 0.05
@@ -64,7 +63,7 @@ def main() -> int:
     meter, why = open_ina3221(arguments.root)
     try:
         idle_before = _idle(meter, arguments.idle_seconds)
-        lines, window = _run(arguments.command, arguments.seconds, meter)
+        lines, window = _run(arguments.command, arguments.warm_up_seconds, arguments.seconds, meter)
         state = {} if meter is None else meter.state()
         timing = parse_timing(lines)
         idle_after = _idle(meter, arguments.idle_seconds)
@@ -121,12 +120,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="", help="what this device is called")
     parser.add_argument("--batch", type=int, default=1, help="images an inference")
     parser.add_argument("--seconds", type=float, default=20.0, help="of measuring")
+    parser.add_argument("--warm-up-seconds", type=float, default=2.0, help="before")
     parser.add_argument("--idle-seconds", type=float, default=10.0, help="of idling, before and after")
     parser.add_argument("--output", type=Path, default=Path("profile.json"), help="file of all figures")
     parser.add_argument("command", nargs="+", help="trtexec and its flags, behind --")
     arguments = parser.parse_args()
-    if arguments.seconds <= 0 or arguments.idle_seconds <= 0:
-        parser.error("--seconds and --idle-seconds are above 0")
+    if min(arguments.seconds, arguments.warm_up_seconds, arguments.idle_seconds) <= 0:
+        parser.error("--seconds, --warm-up-seconds and --idle-seconds are above 0")
     return arguments
 
 
@@ -142,12 +142,14 @@ def _idle(meter: Ina3221Meter | None, seconds: float) -> float:
     return sum(_watts(begin, end).values())
 
 
-def _run(command: list[str], seconds: float, meter: Ina3221Meter | None) -> tuple[list[str], tuple[Mark, Mark] | None]:
+def _run(
+    command: list[str], warm_up_s: float, seconds: float, meter: Ina3221Meter | None
+) -> tuple[list[str], tuple[Mark, Mark] | None]:
     """Run trtexec; return its lines, and the moments between which it timed inferences.
 
     It says when inferences begin, warms up, times for `seconds`, and says how many there were.
     """
-    timed = [f"--warmUp={round(1000 * _WARM_UP_S)}", f"--duration={seconds:g}", "--percentile=50,90,95,99"]
+    timed = [f"--warmUp={round(1000 * warm_up_s)}", f"--duration={seconds:g}", "--percentile=50,90,95,99"]
     print(f"running the engine: {seconds:g} s, log in build/profile.log", flush=True)
     lines: list[str] = []
     begin = end = None
@@ -161,7 +163,7 @@ def _run(command: list[str], seconds: float, meter: Ina3221Meter | None) -> tupl
             log.write(line)
             lines.append(line.rstrip("\n"))
             if "Starting inference" in line:
-                time.sleep(_WARM_UP_S)
+                time.sleep(warm_up_s)
                 begin = _mark(meter)
             elif "Timing trace has" in line:
                 end = _mark(meter)
