@@ -133,7 +133,7 @@ def profile_model(
     """Measure one model's latency, throughput and power on this host at every batch size.
 
     Args:
-        model: ONNX file, or an engine built for a GPU.
+        model: ONNX file, or a built engine.
         target: name of the device that runs it: cpu, or the GPU of this machine.
         batches: batch sizes; None: the model's own, or 1 and 8.
         shapes: of its inputs, for what the model leaves open.
@@ -245,7 +245,7 @@ def _engines(
     """Open models, or engine files where there is no model of that label, on the target."""
     from contextlib import ExitStack
 
-    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
+    from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeBackend, OnnxRuntimeEngine
     from lsp_deploy.gpu_engines import build_options, gpu_engines
 
     if target.kind == "gpu":
@@ -253,17 +253,28 @@ def _engines(
         with gpu_engines(paths, target, options) as engines:
             yield engines
         return
-    if not models:
-        raise UserError(f"{', '.join(map(str, paths.values()))} runs on a GPU: name it with --target")
     with ExitStack() as stack:
         sessions = {
-            label: stack.enter_context(OnnxRuntimeEngine.from_model(model, threads=threads, float32_twin=True))
-            for label, model in models.items()
+            label: stack.enter_context(
+                OnnxRuntimeEngine.from_model(models[label], threads=threads, float32_twin=True)
+                if label in models
+                else OnnxRuntimeBackend().load(_cpu_engine(path))
+            )
+            for label, path in paths.items()
         }
         for label, session in sessions.items():
             for warning in session.describe().warnings:
                 console.warn(f"{label}: {warning}")
         yield sessions
+
+
+def _cpu_engine(path: Path) -> Path:
+    from lsp_deploy.engines.protocol import read_sidecar
+
+    info = read_sidecar(path) if path.is_file() else None
+    if info is not None and info.backend != "onnxruntime":
+        raise UserError(f"{path} runs on a GPU: name it with --target")
+    return path
 
 
 def _profiles(

@@ -171,7 +171,10 @@ class TensorRtEngine:
 
     def _capture(self, prepared: _Prepared) -> None:
         """Make a graph of the kernels; where that cannot be done they go on one by one, and `describe` says so."""
+        may_capture = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX only
         try:
+            if may_capture is not None and not may_capture(int(self._cuda.stream)):
+                raise CudaError("its kernels cannot be captured")
             prepared.graph = self._cuda.capture(self._enqueue)
         except CudaError as error:
             warning = f"runs without a CUDA graph, each launch costs its time: {error}"

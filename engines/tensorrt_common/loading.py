@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,27 @@ def load_engine(
         raise UserError(f"{path} has no weights in it; name the ONNX file that it was built from")
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{path} runs with {module}, which is not installed here")
-    try:
-        cuda = Cuda()
-    except CudaError as error:
-        raise UserError(f"{path} cannot run on {gpu.name}: {error}") from None
     trt: Any = importlib.import_module(module)
-    said: list[str] = []
-    logger = make_logger(trt, lambda severity, text: said.append(text) if "ERROR" in severity else None)
+    logger, errors = _logger(module)
+    errors.clear()
     try:
         load_plugins(trt, logger, plugins)
     except NotInThisVersionError as error:
         raise UserError(str(error)) from None
     engine = _deserialized(trt, logger, path, info)
     if engine is None:
-        raise UserError(f"{module} {trt.__version__} cannot load {path} on {gpu.name}{_reason(said)}")
-    if weights is not None:
-        refitter = trt.Refitter(engine, logger)
-        taken = trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(weights))
-        if not taken or not refitter.refit_cuda_engine():
-            raise UserError(f"{path} does not take the weights of {weights}{_reason(said)}")
-    return TensorRtEngine(trt, engine, info.model_copy(update={"device": gpu.name}), cuda)
+        raise UserError(f"{module} {trt.__version__} cannot load {path} on {gpu.name}{_reason(errors)}")
+    if weights is not None and not _refit(trt, logger, engine, weights):
+        raise UserError(f"{path} does not take the weights of {weights}{_reason(errors)}")
+    try:
+        cuda = Cuda()
+    except CudaError as error:
+        raise UserError(f"{path} cannot run on {gpu.name}: {error}") from None
+    try:
+        return TensorRtEngine(trt, engine, info.model_copy(update={"device": gpu.name}), cuda)
+    except UserError:
+        cuda.close()
+        raise
 
 
 def _fitting_gpu(path: Path, info: EngineInfo) -> Gpu:
@@ -78,6 +80,14 @@ def _fitting_gpu(path: Path, info: EngineInfo) -> Gpu:
     return gpu
 
 
+@cache
+def _logger(module: ModuleName) -> tuple[Any, list[str]]:
+    """Return the process's logger, since TensorRT hears the first one only, and the list that it puts errors into."""
+    errors: list[str] = []
+    trt: Any = importlib.import_module(module)
+    return make_logger(trt, lambda severity, text: errors.append(text) if "ERROR" in severity else None), errors
+
+
 def _deserialized(trt: Any, logger: Any, path: Path, info: EngineInfo) -> Any:
     runtime = trt.Runtime(logger)
     options = info.options
@@ -86,5 +96,11 @@ def _deserialized(trt: Any, logger: Any, path: Path, info: EngineInfo) -> Any:
     return runtime.deserialize_cuda_engine(path.read_bytes())
 
 
-def _reason(said: Sequence[str]) -> str:
-    return f": {' '.join(said[0].split())}" if said else ""
+def _refit(trt: Any, logger: Any, engine: Any, weights: Path) -> bool:
+    refitter = trt.Refitter(engine, logger)
+    taken: bool = trt.OnnxParserRefitter(refitter, logger).refit_from_file(str(weights))
+    return taken and bool(refitter.refit_cuda_engine())
+
+
+def _reason(errors: Sequence[str]) -> str:
+    return f": {' '.join(errors[0].split())}" if errors else ""

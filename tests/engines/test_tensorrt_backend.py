@@ -176,6 +176,17 @@ def test_without_a_graph_it_runs_and_says_so(make_model, x: np.ndarray, cuda):
     assert cuda.launches == {"kernel": 2, "graph": 0}
 
 
+def test_kernels_that_cannot_be_captured_are_launched_one_by_one(make_model, x: np.ndarray, cuda, machine):
+    """TensorRT-RTX says so beforehand."""
+    engine, _ = build(make_model())
+    with TensorRtBackend().load(engine) as loaded:
+        machine.setattr(type(loaded._context), "is_stream_capturable", lambda self, stream: False, raising=False)
+        for _ in range(2):
+            loaded.run({"x": x})
+        assert loaded.describe().warnings[-1].endswith("its kernels cannot be captured")
+    assert cuda.launches == {"kernel": 2, "graph": 0}
+
+
 def test_a_failed_kernel_ends_the_capture(cuda):
     from lsp_deploy.engines.tensorrt_common.cuda import Cuda, CudaError
 

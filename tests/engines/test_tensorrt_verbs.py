@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lsp_deploy.cli import app
 from lsp_deploy.engines import profiler
+from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeBackend
 from lsp_deploy.engines.protocol import BuildOptions
 from lsp_deploy.engines.tensorrt.backend import TensorRtBackend
 from lsp_deploy.errors import CheckFailedError, UserError
@@ -64,6 +65,11 @@ def test_an_engine_file_is_profiled_as_it_is(make_model, target: str):
     assert (one["label"], one["batch"]) == ("model.engine", 4)
     with pytest.raises(UserError, match=r"model.engine runs on a GPU: name it with --target"):
         answer("profile", str(engine), *SHORT)
+    OnnxRuntimeBackend().build(model, engine, load_target("cpu"), BuildOptions())
+    (one,) = answer("profile", str(engine), *SHORT)["profiles"]
+    assert (one["backend"], one["clock"]) == ("onnxruntime", "wall clock around one call")
+    with pytest.raises(UserError, match=r"model.engine is an engine of onnxruntime, which does not run on a GPU"):
+        answer("profile", str(engine), "--target", target, *SHORT)
 
 
 def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str, machine: pytest.MonkeyPatch):
