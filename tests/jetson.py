@@ -34,7 +34,7 @@ gpu = here.parents[4] / "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon0/curr1_i
 if gpu.exists():
     gpu.write_text("1500")  # 10 W more
 say("Starting inference")
-time.sleep(float(flags["--warmUp"]) / 1000 + float(flags["--duration"]) + 3 * late)
+time.sleep(float(flags["--warmUp"]) / 1000 + float(flags["--duration"]) + 2 * late)
 seconds = float(flags["--duration"])
 queries = round(seconds / 0.005)
 say("Warmup completed 400 queries over 2000 ms")
@@ -47,7 +47,7 @@ say("Latency: min = 4.9 ms, max = 7 ms, mean = 5.02 ms, median = 5 ms, " + quant
 say("Enqueue Time: min = 0.1 ms, max = 0.2 ms, mean = 0.1 ms, median = 0.1 ms, " + quantiles.format(0, 0, 0, 0))
 say("GPU Compute Time: min = 4.5 ms, max = 6 ms, mean = 4.6 ms, median = 4.6 ms, " + quantiles.format(4.6, 5, 5, 5))
 say(f"Total Host Walltime: {seconds:g} s")
-time.sleep(0.2)
+time.sleep(1)
 if gpu.exists():
     gpu.write_text("1000")
 """

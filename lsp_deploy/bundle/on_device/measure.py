@@ -21,8 +21,8 @@ from ina3221 import Ina3221Meter, open_ina3221  # type: ignore[import-not-found]
 
 _SETTLE_S = 2.0
 """What clocks need to go down after the last kernel."""
-_MISALIGNED = 0.05
-"""Share of the window by which what was watched may differ from what trtexec says that it timed."""
+_MISALIGNED, _MISALIGNED_S = 0.05, 0.5
+"""Share of the window, and seconds, by which what was watched may differ from what trtexec says that it timed."""
 _NUMBER = r"([\d.]+(?:[eE][+-]?\d+)?)"
 
 
@@ -185,7 +185,7 @@ def _power(
         return None, "trtexec does not say when it begins and ends"
     begin, end = window
     watched, said = end.seconds - begin.seconds, timing["walltime_s"]
-    if abs(watched - said) > _MISALIGNED * said + 0.1:
+    if abs(watched - said) > _MISALIGNED * said + _MISALIGNED_S:
         return None, f"trtexec timed {said:.1f} s, but {watched:.1f} s were watched: its output came late"
     rails_w = _watts(begin, end)
     power_w = sum(rails_w.values())
@@ -210,7 +210,8 @@ def _power(
 
 
 def _mark(meter: Ina3221Meter | None) -> Mark:
-    return Mark(time.monotonic(), {} if meter is None else dict(meter.energy_j()))
+    energy_j = {} if meter is None else meter.energy_j()
+    return Mark(time.monotonic(), energy_j)  # energy first: it is up to the end of its readings, which take a while
 
 
 def _watts(begin: Mark, end: Mark) -> dict[str, float]:
