@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lsp_deploy.allocation.budget import best_within_budget
+from lsp_deploy.allocation.budget import climb_within_budget
 from lsp_deploy.allocation.execution import least_time_us
 from lsp_deploy.allocation.pruning import OutOfReachError, Pruner, Pruning, adopt
 from lsp_deploy.allocation.question import Question, renew_grids
@@ -66,7 +66,8 @@ def blocks_within_loss(
 ) -> tuple[Plan, Pruning | None]:
     """Return the plan with as many blocks removed as lose no more than `budget` points on the held-out images.
 
-    No more than --flops needs, where that is given.
+    No more than --flops needs, where that is given. From few to many: a gradual search goes on from the step before,
+    and a budget of a point is usually met early.
 
     Raises:
         UserError: the model has no class output to measure a loss on, or there is nothing to differentiate with.
@@ -92,7 +93,7 @@ def blocks_within_loss(
         return float("inf") if found is None else question.loss_of(found[0])
 
     most = min(_STEPS - 1, math.ceil((1 - least) * _STEPS - 1e-9))
-    best = best_within_budget(most, trial, loss, budget)
+    best = climb_within_budget(most, trial, loss, budget)
     if best is None:
         reason = f"left dense: no ratio of zero blocks fits {budget:g} points of loss"
         return _dense(question, plan, reason, asked), None
