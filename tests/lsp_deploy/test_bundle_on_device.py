@@ -65,10 +65,9 @@ def jetson(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(jetson: Path):
     def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        variables = {"PATH": os.environ["PATH"], "LSP_ROOT": str(jetson), "DURATION": "0.5", "IDLE": "0.2"}
-        return subprocess.run(
-            command, cwd=folder, env={**variables, **environment}, capture_output=True, text=True, timeout=60
-        )
+        seconds = {"DURATION": "0.5", "WARM_UP": "0.1", "IDLE": "0.1"}
+        variables = {"PATH": os.environ["PATH"], "LSP_ROOT": str(jetson), **seconds, **environment}
+        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=60)
 
     return run
 
@@ -160,7 +159,7 @@ def test_odd_names_reach_trtexec_whole(run, unpack, jetson):
     folder = unpack("odd")
     assert run(folder, "./build.sh").returncode == 0
     assert f"--minShapes={ODD_NAME}:1x4" in calls(jetson)[0]
-    assert run(folder, "./profile.sh", DURATION="0.1", IDLE="0.1").returncode == 0
+    assert run(folder, "./profile.sh").returncode == 0
     assert f"--shapes={ODD_NAME}:8x4" in calls(jetson)[1]
 
 
