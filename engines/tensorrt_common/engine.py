@@ -38,6 +38,8 @@ class _Prepared:
     shapes: dict[str, tuple[int, ...]]
     addresses: dict[str, int]
     graph: Any | None = None
+    capturable: bool = True
+    """False once a capture has failed."""
 
 
 class TensorRtEngine:
@@ -80,7 +82,7 @@ class TensorRtEngine:
         }
         self._cuda.synchronize()
         del held  # the copies from these arrays are done
-        if prepared.graph is None:
+        if prepared.graph is None and prepared.capturable:
             self._capture(prepared)
         return outputs
 
@@ -177,6 +179,7 @@ class TensorRtEngine:
                 raise CudaError("its kernels cannot be captured")
             prepared.graph = self._cuda.capture(self._enqueue)
         except CudaError as error:
+            prepared.capturable = False
             warning = f"runs without a CUDA graph, each launch costs its time: {error}"
             if warning not in self._info.warnings:
                 self._info = self._info.model_copy(update={"warnings": [*self._info.warnings, warning]})

@@ -14,6 +14,7 @@ import pytest
 from onnx import helper, numpy_helper
 from tensorrt_machine import A100
 
+from lsp_deploy.engines.backends import builder_for
 from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
 from lsp_deploy.engines.profiler import profile
 from lsp_deploy.engines.protocol import BuildOptions, EngineBuildError, EngineInfo, read_sidecar
@@ -242,6 +243,14 @@ def test_what_cannot_be_loaded_is_said(make_model, tmp_path: Path, machine: pyte
     machine.setattr(loading, "first_gpu", lambda: None)
     with pytest.raises(UserError, match=r"runs on an NVIDIA GPU of compute capability 8.0, and this machine has none"):
         backend.load(engine)
+
+
+def test_the_gpu_that_is_here_makes_tensorrt_the_builder(machine: pytest.MonkeyPatch):
+    assert builder_for(load_target("h100"))[0] is None
+    machine.setattr(backend_module, "first_gpu", lambda: Gpu("NVIDIA H100 80GB HBM3", "9.0", 132))
+    backend, reason = builder_for(load_target("h100"))
+    assert backend is not None
+    assert (backend.name, reason) == ("tensorrt", "tensorrt of unknown version builds for h100 on this machine")
 
 
 def test_only_the_targets_gpu_builds_for_it(make_model, tmp_path: Path, machine: pytest.MonkeyPatch):

@@ -23,10 +23,17 @@ pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell"),
     pytest.mark.usefixtures("machine"),
 ]
+SHORTLY = {"duration": 0.05, "warm_up": 0.0, "block_seconds": 0.02}
 TARGET = """
 base = "a100"
 builders = ["tensorrt"]
 """
+
+
+@pytest.fixture(autouse=True)
+def short_profiles(machine: pytest.MonkeyPatch) -> None:
+    measure = profiler.profile
+    machine.setattr(profiler, "profile", lambda *given, **options: measure(*given, **(options | SHORTLY)))
 
 
 @pytest.fixture
@@ -41,12 +48,8 @@ def answer(*arguments: str) -> dict[str, Any]:
     return json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
 
 
-SHORTLY = {"duration": 0.05, "warm_up": 0.0, "block_seconds": 0.02}
-SHORT = ("--duration", "0.1", "--warm-up", "0", "--no-power")
-
-
 def test_a_model_is_profiled_on_the_gpu(make_model, target: str, cuda):
-    profiles = answer("profile", str(make_model("fp16")), "--target", target, *SHORT)["profiles"]
+    profiles = answer("profile", str(make_model("fp16")), "--target", target, "--no-power")["profiles"]
     assert [(one["backend"], one["device"], one["batch"]) for one in profiles] == [
         ("tensorrt", A100.name, 1),
         ("tensorrt", A100.name, 8),
@@ -61,20 +64,18 @@ def test_an_engine_file_is_profiled_as_it_is(make_model, target: str):
     options = BuildOptions(min_shapes={"x": (1, 4, 64)}, opt_shapes={"x": (4, 4, 64)}, max_shapes={"x": (4, 4, 64)})
     engine = model.with_suffix(".engine")
     TensorRtBackend().build(model, engine, load_target("a100"), options)
-    (one,) = answer("profile", str(engine), "--target", target, "--batch", "4", *SHORT)["profiles"]
+    (one,) = answer("profile", str(engine), "--target", target, "--batch", "4", "--no-power")["profiles"]
     assert (one["label"], one["batch"]) == ("model.engine", 4)
     with pytest.raises(UserError, match=r"model.engine runs on a GPU: name it with --target"):
-        answer("profile", str(engine), *SHORT)
+        answer("profile", str(engine), "--no-power")
     OnnxRuntimeBackend().build(model, engine, load_target("cpu"), BuildOptions())
-    (one,) = answer("profile", str(engine), *SHORT)["profiles"]
+    (one,) = answer("profile", str(engine), "--no-power")["profiles"]
     assert (one["backend"], one["clock"]) == ("onnxruntime", "wall clock around one call")
     with pytest.raises(UserError, match=r"model.engine is an engine of onnxruntime, which does not run on a GPU"):
-        answer("profile", str(engine), "--target", target, *SHORT)
+        answer("profile", str(engine), "--target", target, "--no-power")
 
 
-def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str, machine: pytest.MonkeyPatch):
-    measure = profiler.profile
-    machine.setattr(profiler, "profile", lambda *given, **options: measure(*given, **(options | SHORTLY)))
+def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str):
     model = str(make_model(name="dense.onnx"))
     compressed = str(make_model("int8", name="small.onnx"))
     arguments = ("--target", target, "--data", "random", "--samples", "5", "--no-power")
@@ -90,23 +91,23 @@ def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str, machin
 
 def test_a_gpu_that_is_not_here_is_a_sentence(make_model):
     with pytest.raises(UserError, match=r"h100 is not here: tensorrt: copy model.onnx to a machine with an NVIDIA GPU"):
-        answer("profile", str(make_model()), "--target", "h100", *SHORT)
+        answer("profile", str(make_model()), "--target", "h100", "--no-power")
 
 
 def test_a_plugin_goes_into_the_engine_or_is_loaded_before_it(make_model, target: str, tmp_path: Path):
     library = tmp_path / "lib.so"
     with pytest.raises(CheckFailedError, match=r"tensorrt 10.3.0 cannot load the plugin library .*lib.so"):
-        answer("profile", str(make_model()), "--target", target, "--plugin", str(library), *SHORT)
+        answer("profile", str(make_model()), "--target", target, "--plugin", str(library), "--no-power")
     library.write_bytes(b"")
-    answer("profile", str(make_model()), "--target", target, "--plugin", str(library), *SHORT)
+    answer("profile", str(make_model()), "--target", target, "--plugin", str(library), "--no-power")
     engine = tmp_path / "e.engine"
     TensorRtBackend().build(
         make_model(batch=2), engine, load_target("a100"), BuildOptions(opt_shapes={"x": (2, 4, 64)})
     )
-    (one,) = answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(library), *SHORT)[
+    (one,) = answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(library), "--no-power")[
         "profiles"
     ]
     assert one["batch"] == 2
     library.unlink()
     with pytest.raises(UserError, match=r"tensorrt 10.3.0 cannot load the plugin library .*lib.so"):
-        answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(library), *SHORT)
+        answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(library), "--no-power")
