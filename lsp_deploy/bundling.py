@@ -150,6 +150,8 @@ def _copy_plugin(folder: Path) -> None:
     from lsp_deploy import plugins
 
     installed = Path(plugins.__file__).parent
+    if not (installed / "tensorrt" / "CMakeLists.txt").is_file():
+        raise UserError("the sources of the TensorRT plugin are not beside the installed lsp-deploy; install it again")
     for part in ("cuda", "tensorrt"):
         for path in sorted((installed / part).rglob("*")):
             place = path.relative_to(installed)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from block_sparse_cases import case
 from pass_models import layer
 from pass_models import plan as plan_of
 
@@ -79,6 +80,14 @@ def test_a_target_that_nothing_here_builds_for_exits_1_and_says_what_to_run(buil
     assert "--maxShapes=pixel_values:32x1x8x8" in out
     assert ("lsp-deploy bundle" in out) == (target == "agx-orin")
     assert not list(Path().glob("*.engine*"))
+
+
+def test_the_device_needs_the_plugin_for_operators_of_ours(build, model):
+    save_model(case("float16", x_type="float16", out_type="float16").model(), Path("operator.onnx"))
+    shapes = [word for bound in ("min", "opt", "max") for word in (f"--{bound}-shapes", "x:2x3x40")]
+    code, out, _ = build("operator.onnx", "--target", "h100", *shapes)
+    assert code == 1
+    assert out.count("--dynamicPlugins=liblsp_block_sparse.so") == 2  # to build, and to run
 
 
 def test_a_target_file_of_ones_own_is_as_good(build, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -111,11 +112,16 @@ def test_no_file_names_a_path_of_this_machine(out, demo, tmp_path):
 
 
 def test_a_run_brings_its_shapes_and_how_images_become_inputs(out, tmp_path):
-    folder = unpacked(bundle_model(out, "agx-orin", tmp_path / "b.tar.zst", {}).path, tmp_path / "b")
+    run = shutil.copytree(out, tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    report["data"]["calibration"]["preprocess"] = "resized to 8 pixels"
+    (run / "report.json").write_text(json.dumps(report))
+    folder = unpacked(bundle_model(run, "agx-orin", tmp_path / "b.tar.zst", {}).path, tmp_path / "b")
     description = json.loads((folder / "bundle.json").read_text())
     assert description["shapes"]["max"] == {"pixel_values": [16, 1, 8, 8]}
     readme = (folder / "README.md").read_text()
     assert "batches of 1 to 16" in readme and "`pixel_values` | float32 |" in readme
+    assert "How an image becomes an input: resized to 8 pixels." in readme
     assert not (folder / "plugin").exists() and "plugin" not in readme
 
 
