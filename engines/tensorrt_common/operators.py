@@ -10,8 +10,8 @@ __all__ = ["provide_operators"]
 
 _WITHOUT_GPU = "tensorrt_rtx"
 _REMARK = (
-    "lsp::BlockSparseLinear is in the engine by its description only: to run it, load liblsp_block_sparse.so first "
-    "(docs/tensorrt-plugin.md)"
+    "lsp::BlockSparseLinear is in the engine by its description only: to run it, name liblsp_block_sparse.so with "
+    "--plugin (docs/tensorrt-plugin.md)"
 )
 
 
@@ -35,6 +35,6 @@ def provide_operators(trt: Any) -> tuple[Any, list[str]]:
     if trt.__name__ != _WITHOUT_GPU:
         raise NotInThisVersionError(
             f"the model holds lsp::{OP_TYPE}, and no plugin for it is loaded: build liblsp_block_sparse.so "
-            "(docs/tensorrt-plugin.md) and name it"
+            "(docs/tensorrt-plugin.md) and name it with --plugin"
         )
     return register(trt), [_REMARK]

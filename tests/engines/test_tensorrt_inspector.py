@@ -51,6 +51,12 @@ CONVOLUTION = {
 }
 
 
+@pytest.mark.parametrize("kind", ["PluginV3", "custom_layer"])
+def test_a_plugin_computes_in_the_type_of_its_first_input(kind: str):
+    (record,) = parse_inspection(json.dumps({"Layers": [TENSORRT_10 | {"LayerType": kind, "TacticName": "0x1"}]}))
+    assert (record.kind, record.precision) == (kind, "int8")
+
+
 @pytest.mark.parametrize("ends", [{"Bindings": ["x", "y"]}, {"I/O Tensors": [{"Name": "x", "IOMode": "Input"}]}])
 @pytest.mark.parametrize("layer", [TENSORRT_10, TENSORRT_11])
 def test_both_dialects_are_read(layer: dict[str, Any], ends: dict[str, Any]):

@@ -17,18 +17,16 @@ nvinfer1::ILogger* logger() {
   return get != nullptr ? get() : nullptr;
 }
 
-void log(nvinfer1::ILogger::Severity severity, const char* text) {
-  const std::string line = std::string("lsp::BlockSparseLinear: ") + text;
-  if (nvinfer1::ILogger* to = logger())
-    to->log(severity, line.c_str());
-  else
-    std::fprintf(stderr, "%s\n", line.c_str());
-}
-
 }  // namespace
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) { logger_finder = finder; }
-void log_error(const char* text) { log(nvinfer1::ILogger::Severity::kERROR, text); }
-void log_warning(const char* text) { log(nvinfer1::ILogger::Severity::kWARNING, text); }
+
+void log_error(const char* text) {
+  const std::string line = std::string("lsp::BlockSparseLinear: ") + text;
+  if (nvinfer1::ILogger* to = logger())
+    to->log(nvinfer1::ILogger::Severity::kERROR, line.c_str());
+  else
+    std::fprintf(stderr, "%s\n", line.c_str());
+}
 
 }  // namespace lsp_tensorrt

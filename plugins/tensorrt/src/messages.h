@@ -10,7 +10,6 @@ namespace lsp_tensorrt {
 void set_logger_finder(nvinfer1::ILoggerFinder* finder);
 
 void log_error(const char* text);
-void log_warning(const char* text);
 
 // Runs action; returns 0, or 1 after its error is logged.
 template <class Action>
