@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +17,11 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.files import write_text
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from lsp_deploy.bundle.records import Records
+    from lsp_deploy.bundle.content import Content
     from lsp_deploy.hardware.target import Target
-    from lsp_deploy.steps.preparation import Shapes
 
 __all__ = ["Bundle", "bundle_model"]
 
-_ON_DEVICE = Path(__file__).parent / "bundle" / "on_device"
-_PLUGIN = "build/liblsp_block_sparse.so"
-# Of the plugin: what its CMake files ask for.
-_CMAKE, _CUDA = "3.22", "12.6"
 _NOT_NEEDED = frozenset({"emulation", "__pycache__"})
 """Folders of the plugin that only tests use."""
 
@@ -65,18 +58,6 @@ class Bundle:
         }
 
 
-@dataclass(frozen=True)
-class _Content:
-    """A bundle's model and what belongs to it."""
-
-    model: ir.Model
-    target: Target
-    shapes: Shapes
-    two_four: bool
-    plugin: bool
-    records: Records | None
-
-
 def bundle_model(source: Path, target_name: str, output: Path, shapes: Mapping[str, str | None]) -> Bundle:
     """Pack `source`, an output folder of `compress` or an ONNX file, for a device that builds its own engines.
 
@@ -110,7 +91,8 @@ def bundle_model(source: Path, target_name: str, output: Path, shapes: Mapping[s
     return Bundle(output, target.name, output.stat().st_size, files, content.plugin)
 
 
-def _content(source: Path, target: Target, given: Mapping[str, str | None]) -> _Content:
+def _content(source: Path, target: Target, given: Mapping[str, str | None]) -> Content:
+    from lsp_deploy.bundle.content import Content
     from lsp_deploy.bundle.device_model import for_device
     from lsp_deploy.bundle.records import read_records
     from lsp_deploy.model import load_model
@@ -124,19 +106,18 @@ def _content(source: Path, target: Target, given: Mapping[str, str | None]) -> _
     shapes = shapes_for(path, model, given)
     two_four = has_two_four(path, shapes)
     model = for_device(model, path, target)
-    return _Content(model, target, shapes, two_four, bool(operator_nodes(model)), records)
+    return Content(model, target, shapes, two_four, bool(operator_nodes(model)), records)
 
 
-def _fill(folder: Path, content: _Content) -> None:
+def _fill(folder: Path, content: Content) -> None:
     """Write everything but the sums into `folder`."""
     from lsp_deploy.bundle.records import write_records
+    from lsp_deploy.bundle.scripts import write_scripts
     from lsp_deploy.engines.power import ina3221
     from lsp_deploy.model import save_model
 
     save_model(content.model, folder / "model.onnx")
-    for name in ("build.sh", "profile.sh", "README.md"):
-        write_text(folder / name, _rendered(name, _values(content, folder)))
-    shutil.copyfile(_ON_DEVICE / "measure.py", folder / "measure.py")
+    write_scripts(content, folder)
     shutil.copyfile(ina3221.__file__, folder / "ina3221.py")
     if content.plugin:
         _copy_plugin(folder / "plugin")
@@ -161,102 +142,7 @@ def _copy_plugin(folder: Path) -> None:
                 shutil.copyfile(path, folder / place)
 
 
-def _rendered(name: str, values: Mapping[str, Any]) -> str:
-    """Return a script or page of the device, filled with `values`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_ON_DEVICE),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(f"{name}.jinja").render(values)
-
-
-def _values(content: _Content, folder: Path) -> dict[str, Any]:
-    """Return what the templates are filled with; flags are quoted for the shell."""
-    target, report = content.target, content.records.report if content.records is not None else None
-    calibration = report.data.calibration if report is not None else None
-    return {
-        "model": "model.onnx",
-        "title": target.title,
-        "quoted_title": shlex.quote(target.title),
-        "tensorrt": target.tensorrt or "of its JetPack",
-        "architecture": str(target.compute_capability).replace(".", ""),
-        "plugin": content.plugin,
-        "records": content.records is not None,
-        "external": (folder / "model.onnx.data").exists(),
-        "opset": content.model.opset_imports[""],
-        "borders": list(_borders(content.model)),
-        "preprocess": calibration.preprocess if calibration is not None else None,
-        "batches": _batches(content),
-        "batch": next(iter(content.shapes.opt.values()))[0],
-        "build_flags": _build_flags(content),
-        "run_flags": _run_flags(content),
-        "cmake": _CMAKE,
-        "cuda": _CUDA,
-        "version": __version__,
-    }
-
-
-def _build_flags(content: _Content) -> list[str]:
-    flags = ["--onnx=model.onnx", "--saveEngine=model.engine", "--skipInference", "--stronglyTyped"]
-    if content.two_four:
-        flags.append("--sparsity=enable")
-    if content.plugin:
-        flags.append(f"--dynamicPlugins={_PLUGIN}")
-    shapes = content.shapes
-    if shapes.min != shapes.max:
-        bounds = {"min": shapes.min, "opt": shapes.opt, "max": shapes.max}
-        flags += [f"--{bound}Shapes={_shapes_text(sizes)}" for bound, sizes in bounds.items()]
-    flags += ["--timingCacheFile=build/timing.cache", "--profilingVerbosity=detailed"]
-    return [shlex.quote(flag) for flag in [*flags, "--exportLayerInfo=build/layers.json"]]
-
-
-def _run_flags(content: _Content) -> list[str]:
-    flags = ["--loadEngine=model.engine", "--useCudaGraph", "--useSpinWait"]
-    if content.plugin:
-        flags.append(f"--dynamicPlugins={_PLUGIN}")
-    quoted = [shlex.quote(flag) for flag in flags]
-    shapes = content.shapes
-    if shapes.min != shapes.max:
-        parts = [f"{shlex.quote(name)}:{_batched(content, name)}" for name in shapes.opt]
-        quoted.append(f"--shapes={','.join(parts)}")
-    return quoted
-
-
-def _batched(content: _Content, name: str) -> str:
-    """Return the shape that an input is measured at, with the shell's $batch where its batch may vary."""
-    shape = content.shapes.opt[name]
-    varies = content.shapes.min[name][0] != content.shapes.max[name][0]
-    return "x".join(['"$batch"' if varies else str(shape[0]), *map(str, shape[1:])])
-
-
-def _batches(content: _Content) -> dict[str, int] | None:
-    """Return the batches that an engine takes, or None where there is one only."""
-    shapes = content.shapes
-    varying = [name for name in shapes.opt if shapes.min[name][0] != shapes.max[name][0]]
-    if not varying:
-        return None
-    least, most = max(shapes.min[name][0] for name in varying), min(shapes.max[name][0] for name in varying)
-    return {"least": least, "tuned": shapes.opt[varying[0]][0], "most": most}
-
-
-def _borders(model: ir.Model) -> Iterator[tuple[str, str, str, str]]:
-    for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
-        for value in values:
-            if not value.is_initializer():
-                shape = "?" if value.shape is None else " × ".join(str(size) for size in value.shape)
-                yield kind, str(value.name), "?" if value.dtype is None else value.dtype.numpy().name, shape
-
-
-def _shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:
-    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
-
-
-def _description(content: _Content) -> dict[str, Any]:
+def _description(content: Content) -> dict[str, Any]:
     shapes, target = content.shapes, content.target
     return {
         "format": "lsp-deploy.bundle.v1",
