@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lsp_deploy.plugins.block_sparse import operator as block_sparse
+
 __all__ = ["tensorrt_refusals"]
 
 _INTEGER_OPERATORS = {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
@@ -48,6 +50,8 @@ def tensorrt_refusals(model: ir.Model) -> list[str]:
 def _reasons(node: ir.Node) -> Iterator[str]:
     if node.domain == "com.microsoft":
         yield f"TensorRT has no com.microsoft::{node.op_type}"
+    elif node.domain == block_sparse.DOMAIN:
+        yield from _operator(node)
     elif node.op_type in _INTEGER_OPERATORS:
         yield f"TensorRT has no {node.op_type}; it takes QuantizeLinear and DequantizeLinear"
     elif node.op_type == "QuantizeLinear":
@@ -58,6 +62,20 @@ def _reasons(node: ir.Node) -> Iterator[str]:
         yield from _dequantize(node)
     elif node.op_type in _QUANTIZABLE:
         yield from _mixed_int4(node)
+
+
+def _operator(node: ir.Node) -> Iterator[str]:
+    """Check an operator of ours: the plugin has one of them, and reads x in the type of the values."""
+    if node.op_type != block_sparse.OP_TYPE:
+        yield f"TensorRT has no lsp::{node.op_type}; `lsp-deploy lower` writes it in standard operators"
+        return
+    if node.attributes.get_string("layout", "canonical") != "bsl16.v1":
+        yield "its values are stored for CPUs; compress the model for a GPU target"
+        return
+    types = [None if value is None or value.dtype is None else value.dtype.name for value in node.inputs[:2]]
+    if None not in types and len(set(types)) > 1:
+        found, wanted = types
+        yield f"it reads {found}, which TensorRT's plugin does not make {wanted}; compress the model for a GPU target"
 
 
 def _grid(node: ir.Node) -> Iterator[str]:

@@ -28,9 +28,9 @@ def provide_operators(trt: Any) -> tuple[Any, list[str]]:
         NotInThisVersionError: the builder needs the library, since it runs what it builds.
     """
     from lsp_deploy.plugins.block_sparse.operator import OP_TYPE
-    from lsp_deploy.plugins.tensorrt.python_plugin import NAMESPACE, PLUGIN_VERSION, register
+    from lsp_deploy.plugins.tensorrt.python_plugin import is_known, register
 
-    if trt.get_plugin_registry().get_creator(OP_TYPE, PLUGIN_VERSION, NAMESPACE) is not None:
+    if is_known(trt):
         return None, []
     if trt.__name__ != _WITHOUT_GPU:
         raise NotInThisVersionError(

@@ -18,9 +18,9 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.plugins.block_sparse.bsl16 import bsl16_shape
 from lsp_deploy.plugins.block_sparse.operator import OP_TYPE, BlockSparseLinear
 
-__all__ = ["NAMESPACE", "PLUGIN_VERSION", "register"]
+__all__ = ["is_known", "register"]
 
-NAMESPACE, PLUGIN_VERSION = "lsp", "1"
+_NAMESPACE, _VERSION = "lsp", "1"
 
 _INT32, _FLOAT32, _CHAR = "INT32", "FLOAT32", "CHAR"
 # In the order in which the C++ plugin stores them.
@@ -46,20 +46,24 @@ _X, _VALUES, _BIAS, _SCALE, _RESIDUAL = range(5)
 _ONNX_TYPES = {"FLOAT": 1, "INT8": 3, "HALF": 10, "BF16": 16}
 
 
+def is_known(trt: Any) -> bool:
+    """Return whether a TensorRT, the module tensorrt or tensorrt_rtx, has a plugin for the operator."""
+    # Asking for the one plugin would put an error into the log where there is none.
+    creators = trt.get_plugin_registry().all_creators
+    return any((one.name, one.plugin_namespace) == (OP_TYPE, _NAMESPACE) for one in creators)
+
+
 def register(trt: Any) -> Any:
-    """Make the plugin known to a TensorRT, unless one of this name is known already.
+    """Make the plugin known to a TensorRT that has none for the operator.
 
     Args:
         trt: the module, tensorrt or tensorrt_rtx.
 
     Returns:
-        The creator, which must live as long as engines are built; None where there was a plugin.
+        The creator, which must live as long as engines are built.
     """
-    registry = trt.get_plugin_registry()
-    if registry.get_creator(OP_TYPE, PLUGIN_VERSION, NAMESPACE) is not None:
-        return None
     creator = _creator_class(trt)()
-    registry.register_creator(creator, NAMESPACE)
+    trt.get_plugin_registry().register_creator(creator, _NAMESPACE)
     return creator
 
 
@@ -72,7 +76,7 @@ def _plugin_class(trt: Any) -> Any:
         def __init__(self, operator: BlockSparseLinear, types: Mapping[str, int]) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = OP_TYPE, NAMESPACE, PLUGIN_VERSION
+            self.plugin_name, self.plugin_namespace, self.plugin_version = OP_TYPE, _NAMESPACE, _VERSION
             self.num_outputs = 1
             self.timing_cache_id = sha256(repr(operator).encode()).hexdigest()[:16]
             self.operator, self.types = operator, dict(types)
@@ -140,7 +144,7 @@ def _creator_class(trt: Any) -> Any:
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             trt.IPluginCreatorV3One.__init__(self)
-            self.name, self.plugin_namespace, self.plugin_version = OP_TYPE, NAMESPACE, PLUGIN_VERSION
+            self.name, self.plugin_namespace, self.plugin_version = OP_TYPE, _NAMESPACE, _VERSION
             # TensorRT hands over only what is named here.
             self.field_names = _collection(trt, {name: np.zeros(1, _NUMPY[kind]) for name, kind in _FIELDS.items()})
 

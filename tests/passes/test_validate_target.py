@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+from block_sparse_cases import case
 from pass_models import graph, layer, plan
 
 from lsp_deploy.errors import UserError
@@ -71,7 +72,7 @@ def test_uint8_with_zero_point_0_is_taken():
 
 
 def test_a_plugin_may_read_the_quantized_tensor():
-    nodes = "q = QuantizeLinear(x, s, z)  y = lsp.BlockSparseLinear(q)"
+    nodes = 'q = QuantizeLinear(x, s, z)  y = lsp.BlockSparseLinear <layout = "bsl16.v1"> (q)'
     assert refusals(model_of(nodes), A100) == []
 
 
@@ -266,3 +267,28 @@ def test_the_error_lists_every_refusal():
     assert first.startswith("a100 cannot take this model: d: it feeds Add a")
     assert first.endswith("(and 1 more)")
     assert second.strip() == "i: no DequantizeLinear follows it"
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "reason"),
+    [
+        ({"dtype": "float16", "x_type": "float16", "out_type": "float16"}, "bsl16.v1", None),
+        ({"dtype": "int8", "x_type": "int8", "out_type": "float16"}, "bsl16.v1", None),
+        ({"dtype": "float32"}, "canonical", "its values are stored for CPUs; compress the model for a GPU target"),
+        ({"dtype": "int8"}, "bsl16.v1", "it reads FLOAT, which TensorRT's plugin does not make INT8; compress the"),
+        ({"dtype": "bfloat16"}, "bsl16.v1", "it reads FLOAT, which TensorRT's plugin does not make BFLOAT16"),
+    ],
+)
+def test_operators_are_as_the_plugin_reads_them(options, layout, reason):
+    model = case(**options).in_layout(layout).model()
+    found = refusals(model, A100)
+    assert found == [] if reason is None else found[0].startswith(f"layer: {reason}") and len(found) == 1
+    assert not any("CPUs" in one or "plugin" in one for one in refusals(model, CPU))
+
+
+def test_an_operator_without_a_plugin_is_refused():
+    text = "y = lsp.Attention <num_heads = 1, scale = 1.0, packed_qkv = 0> (x, x, x)"
+    model = graph(f"g (float[1, 3, 8] x) => (float[1, 3, 8] y) {{ {text} }}")
+    assert refusals(model, A100) == [
+        "y: TensorRT has no lsp::Attention; `lsp-deploy lower` writes it in standard operators"
+    ]

@@ -207,17 +207,27 @@ def test_what_is_wrong_is_said(drive: Drive) -> None:
 def test_it_registers_itself_in_a_tensorrt_of_its_headers_alone(driver_path: Path, plugin: Path) -> None:
     """In another major version the registry has its functions in other places: calling them would end the process."""
 
-    def registered(version: int) -> str:
-        script = (
-            "import ctypes, sys; driver = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL);"
-            "driver.registered_in.restype = ctypes.c_char_p;"
-            "print(driver.registered_in(sys.argv[2].encode(), int(sys.argv[3])).decode(), end='')"
-        )
-        command = [sys.executable, "-c", script, str(driver_path), str(plugin), str(version)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert told_registry(driver_path, plugin, version=0, loads=False) == "BlockSparseLinear 1 lsp\n"
+    assert told_registry(driver_path, plugin, version=10701, loads=True) == ""  # TensorRT-RTX 1.7.1
 
-    assert registered(0) == "BlockSparseLinear 1 lsp\n"
-    assert registered(10701) == ""  # TensorRT-RTX 1.7.1
+
+@needs_headers
+@needs_cmake
+def test_load_library_finds_it_unregistered(driver_path: Path, plugin: Path) -> None:
+    """TensorRT refuses a library whose creators are there already."""
+    told = told_registry(driver_path, plugin, version=0, loads=True)
+    assert told == "BlockSparseLinear 1 lsp\ntaken back\n"
+
+
+def told_registry(driver: Path, plugin: Path, *, version: int, loads: bool) -> str:
+    """Open the plugin in a process of its own."""
+    script = (
+        "import ctypes, sys; driver = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL);"
+        "driver.told_registry.restype = ctypes.c_char_p;"
+        "print(driver.told_registry(sys.argv[2].encode(), int(sys.argv[3]), sys.argv[4] == 'True').decode(), end='')"
+    )
+    command = [sys.executable, "-c", script, str(driver), str(plugin), str(version), str(loads)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @needs_headers

@@ -151,18 +151,30 @@ def test_deit_tiny_is_built_with_48_operators(dtype: str, tmp_path: Path) -> Non
     assert len(found) == 48 and set(found.values()) == {dtype}
 
 
+def tensorrt_with(*creators: tuple[str, str], name: str = "tensorrt") -> SimpleNamespace:
+    """Return a made-up module whose registry has plugins of these names and namespaces."""
+    known = [SimpleNamespace(name=name, plugin_namespace=namespace) for name, namespace in creators]
+    return SimpleNamespace(__name__=name, get_plugin_registry=lambda: SimpleNamespace(all_creators=known))
+
+
 def test_tensorrt_itself_needs_the_library() -> None:
-    registry = SimpleNamespace(get_creator=lambda *name: None)
-    trt = SimpleNamespace(__name__="tensorrt", get_plugin_registry=lambda: registry)
     with pytest.raises(NotInThisVersionError, match=r"no plugin for it is loaded: build liblsp_block_sparse\.so"):
-        provide_operators(trt)
+        provide_operators(tensorrt_with(("BlockSparseLinear", ""), ("Other", "lsp")))
 
 
-def test_a_plugin_that_is_known_is_left_in_place() -> None:
-    registry = SimpleNamespace(get_creator=lambda *name: name)
-    trt = SimpleNamespace(__name__="tensorrt_rtx", get_plugin_registry=lambda: registry)
-    assert provide_operators(trt) == (None, [])
-    assert python_plugin.register(trt) is None
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_a_plugin_that_is_known_is_left_in_place(name: str) -> None:
+    assert provide_operators(tensorrt_with(("BlockSparseLinear", "lsp"), name=name)) == (None, [])
+
+
+@needs_builder
+def test_a_build_logs_no_error_of_the_search_for_a_plugin(tmp_path: Path) -> None:
+    info = built(case(K=96, N=80, **FORMS["float16"]).in_layout("bsl16.v1").model(), tmp_path)
+    assert not any("Cannot find plugin" in warning for warning in info.warnings)
+    broken = case(K=96, N=80, **FORMS["float16"]).model()  # canonical
+    with pytest.raises(EngineBuildError) as refused:
+        built(broken, tmp_path)
+    assert "Cannot find plugin" not in str(refused.value)
 
 
 def test_fields_are_those_of_the_operator() -> None:

@@ -15,19 +15,21 @@ Creator& creator() {
   return instance;
 }
 
-bool is_of_our_headers() {
+// Null where no TensorRT of the headers' major version is loaded.
+nvinfer1::IPluginRegistry* registry() {
   const auto version = loaded_function<int32_t()>("getInferLibVersion");
-  return version != nullptr && version() / 10000 == NV_TENSORRT_MAJOR;
+  const auto get = loaded_function<nvinfer1::IPluginRegistry*()>("getPluginRegistry");
+  return version != nullptr && version() / 10000 == NV_TENSORRT_MAJOR && get != nullptr ? get() : nullptr;
 }
 
 // Under the creator's own namespace: the macro REGISTER_TENSORRT_PLUGIN says "", under which nothing would find it. The
 // library is linked with nodelete, so that what the registry points to stays.
-const bool registered = [] {
-  const auto registry = loaded_function<nvinfer1::IPluginRegistry*()>("getPluginRegistry");
-  if (registry == nullptr || !is_of_our_headers() || registry() == nullptr) return false;
-  if (registry()->getCreator(NAME, VERSION, NAMESPACE) != nullptr) return true;
-  return registry()->registerCreator(creator(), NAMESPACE);
-}();
+bool registered = registry() != nullptr && registry()->registerCreator(creator(), NAMESPACE);
+
+// loadLibrary opens the library, which registers itself, and then refuses creators that are there already.
+void leave_it_to_load_library() {
+  if (registered) registered = !registry()->deregisterCreator(creator());
+}
 
 }  // namespace
 }  // namespace lsp_tensorrt
@@ -37,6 +39,7 @@ const bool registered = [] {
 LSP_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { lsp_tensorrt::set_logger_finder(finder); }
 
 LSP_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  lsp_tensorrt::leave_it_to_load_library();
   static nvinfer1::IPluginCreatorInterface* const creators[] = {&lsp_tensorrt::creator()};
   count = 1;
   return creators;

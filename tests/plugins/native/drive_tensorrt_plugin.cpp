@@ -67,12 +67,13 @@ class Registry final : public IPluginRegistry {
   bool registerCreator(IPluginCreatorInterface& creator, const AsciiChar* name_space) noexcept {
     auto& one = static_cast<IPluginCreatorV3One&>(creator);
     registered += std::string(one.getPluginName()) + " " + one.getPluginVersion() + " " + name_space + "\n";
-    found = &creator;
     return true;
   }
-  IPluginCreatorInterface* getCreator(const AsciiChar*, const AsciiChar*, const AsciiChar*) noexcept { return found; }
+  bool deregisterCreator(const IPluginCreatorInterface&) noexcept {
+    registered += "taken back\n";
+    return true;
+  }
   std::string registered;
-  IPluginCreatorInterface* found = nullptr;
 
 #if NV_TENSORRT_MAJOR < 11
   bool registerCreator(IPluginCreator&, const AsciiChar*) noexcept { return false; }
@@ -88,7 +89,7 @@ class Registry final : public IPluginRegistry {
   void deregisterLibrary(PluginLibraryHandle) noexcept {}
   IPluginCreatorInterface* const* getAllCreators(int32_t*) const noexcept { return nullptr; }
   IPluginCreatorInterface* const* getAllCreatorsRecursive(int32_t*) noexcept { return nullptr; }
-  bool deregisterCreator(const IPluginCreatorInterface&) noexcept { return false; }
+  IPluginCreatorInterface* getCreator(const AsciiChar*, const AsciiChar*, const AsciiChar*) noexcept { return nullptr; }
   IPluginResource* acquirePluginResource(const AsciiChar*, IPluginResource*) noexcept { return nullptr; }
   int32_t releasePluginResource(const AsciiChar*) noexcept { return 0; }
 };
@@ -120,10 +121,16 @@ struct Info {
 IPluginRegistry* getPluginRegistry() noexcept { return &registry; }
 int32_t getInferLibVersion() noexcept { return version; }
 
-// Opens the plugin as a process of another TensorRT would; returns what it has registered, a line each.
-const char* registered_in(const char* library, int32_t of_version) {
+// Opens the plugin in a process of a TensorRT version, its own if it is 0, and asks for its creators twice if `loads`, as
+// loadLibrary does; returns what it has told the registry, a line each.
+const char* told_registry(const char* path, int32_t of_version, bool loads) {
   version = of_version != 0 ? of_version : NV_TENSORRT_MAJOR * 10000;
-  return dlopen(library, RTLD_NOW) != nullptr ? registry.registered.c_str() : dlerror();
+  void* library = dlopen(path, RTLD_NOW);
+  if (library == nullptr) return dlerror();
+  int32_t count;
+  for (int i = 0; loads && i < 2; ++i)
+    symbol<IPluginCreatorInterface* const*(int32_t&)>(library, "getCreators")(count);
+  return registry.registered.c_str();
 }
 
 // Builds a layer, stores it, loads it and runs a tactic; returns null, or what went wrong and what the plugin said of it.
