@@ -159,6 +159,7 @@ def compress(
     no_build: Annotated[bool, typer.Option("--no-build", help="Build no engine.")] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another recipe's result in the folder.")] = False,
+    plugin: PluginOption = None,
     json: JsonOption = False,
     *,
     flags: dict[str, Any],
@@ -175,7 +176,10 @@ def compress(
     merged = merge_recipe(flags, recipe, model)
     if save_recipe is not None:
         save_recipe_file(merged, save_recipe)
-    options = RunOptions(output, not no_build, jobs or available_cores(), force, plan, shlex.join(sys.argv[1:]))
+    command = shlex.join(sys.argv[1:])
+    options = RunOptions(
+        output, not no_build, jobs or available_cores(), force, plan, command, plugins=tuple(plugin or ())
+    )
     if dry_run:
         decided, pruning = plan_only(model, merged, options)
         if json:
@@ -567,6 +571,28 @@ def targets_show(
         _print_json(target.model_dump(mode="json"))
     else:
         console.show(target_details(target))
+
+
+@app.command("calibrate-target")
+def calibrate_target(
+    target: Annotated[str, typer.Argument(help="Name, alias or TOML file.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Target file to write, a .toml.")],
+    plugin: PluginOption = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure from where on zeros pay on the GPU here; write TARGET so."""
+    from lsp_deploy.calibrating import calibrate_target as run
+    from lsp_deploy.calibrating import calibration_table
+
+    console.configure(json=json)
+    calibration = run(target, output, plugin or (), batch=batch, force=force)
+    if json:
+        _print_json({"output": str(output), "target": calibration.target.model_dump(mode="json")})
+    else:
+        console.show(calibration_table(calibration))
+        console.say(f"{output}: {calibration.source}; use it with --target {output}")
 
 
 @app.command()

@@ -37,6 +37,8 @@ class RunOptions:
     force: bool = False
     plan: Path | None = None
     command: str = ""
+    plugins: tuple[Path, ...] = ()
+    """Libraries with operators for TensorRT, where layers are timed or an engine is built on the target's GPU."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         save_model(compressed, output.model)
         save_plan(plan, output.plan)
     with stages.time("build"):
-        built = build_engine(output, target, plan, prepared.shapes, wanted=options.build)
+        built = build_engine(output, target, plan, prepared.shapes, wanted=options.build, plugins=options.plugins)
     with stages.time("measure"):
         measured = measure(prepared, compressed, evaluator, target, options.threads)
         attention = None
@@ -192,7 +194,7 @@ def _plan(
 
     if decided is not None and options.plan is not None:
         return replay_plan(decided, prepared, target, options.plan), None
-    return make_plan(prepared, data, evaluator, recipe, target, options.threads)
+    return make_plan(prepared, data, evaluator, recipe, target, options.threads, options.plugins)
 
 
 def _with_attention_weights(compressed: ir.Model, prepared: PreparedModel, plan: Plan, target: Target) -> ir.Model:

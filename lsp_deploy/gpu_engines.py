@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lsp_deploy.hardware.target import Target
 
-__all__ = ["build_options", "engine_shapes", "gpu_engines", "is_engine_file"]
+__all__ = ["build_options", "engine_shapes", "gpu_engines", "is_engine_file", "running_backend"]
 
 _ENGINE_SUFFIXES = frozenset({".engine", ".plan"})
 
@@ -89,8 +89,29 @@ def engine_shapes(engine: Engine, given: Mapping[str, tuple[int, ...]] | None) -
     return shapes
 
 
+def running_backend(target: Target) -> Backend:
+    """Return the target's first builder whose engines run on the GPU of this machine.
+
+    Raises:
+        UserError: the target's GPU is not here, or nothing that builds for it is installed.
+    """
+    from lsp_deploy.engines.backends import backends
+
+    reasons = []
+    known = {backend.name: backend for backend in backends()}
+    for name in target.builders:
+        backend = known.get(name)
+        if backend is None or not backend.serves(target):
+            continue
+        status = backend.status(target)
+        if status.can_build and status.can_run:
+            return backend
+        reasons.append(f"{name}: {status.hint}")
+    raise UserError(f"{target.name} is not here: {'; '.join(reasons)}")
+
+
 def _build(path: Path, target: Target, options: BuildOptions, engine: Path) -> Engine:
-    backend = _running_backend(target)
+    backend = running_backend(target)
     # 2:4 kernels are for weights with the pattern: the others are the same with as without.
     options = options.model_copy(update={"sparse_weights": backend.name == "tensorrt"})
     with console.progress(f"building {path.name} with {backend.name} for {target.name}", 1) as advance:
@@ -105,19 +126,3 @@ def _load(path: Path, plugins: Sequence[Path]) -> Engine:
     if built_with not in ("tensorrt", "tensorrt_rtx"):
         raise UserError(f"{path} is an engine of {built_with}, which does not run on a GPU here")
     return load_engine("tensorrt" if built_with == "tensorrt" else "tensorrt_rtx", path, plugins=plugins)
-
-
-def _running_backend(target: Target) -> Backend:
-    from lsp_deploy.engines.backends import backends
-
-    reasons = []
-    known = {backend.name: backend for backend in backends()}
-    for name in target.builders:
-        backend = known.get(name)
-        if backend is None or not backend.serves(target):
-            continue
-        status = backend.status(target)
-        if status.can_build and status.can_run:
-            return backend
-        reasons.append(f"{name}: {status.hint}")
-    raise UserError(f"{target.name} is not here: {'; '.join(reasons)}")

@@ -62,12 +62,12 @@ def typed_blocks(question: Question, plan: Plan, keep: float) -> tuple[Plan, Pru
 
 
 def blocks_within_loss(
-    question: Question, plan: Plan, budget: float, asked: str = "block"
+    question: Question, plan: Plan, budget: float, asked: str = "block", *, first: float = 1 - 1 / _STEPS
 ) -> tuple[Plan, Pruning | None]:
     """Return the plan with as many blocks removed as lose no more than `budget` points on the held-out images.
 
     No more than --flops needs, where that is given. From few to many: a gradual search goes on from the step before,
-    and a budget of a point is usually met early.
+    and a budget of a point is usually met early. `first` is the fraction of the measure that the first step leaves.
 
     Raises:
         UserError: the model has no class output to measure a loss on, or there is nothing to differentiate with.
@@ -83,7 +83,7 @@ def blocks_within_loss(
 
     def trial(steps: int) -> tuple[Plan, Pruning] | None:
         try:
-            pruning = _with_words(question, pruner.blocks(max(1 - steps / _STEPS, least)))
+            pruning = _with_words(question, pruner.blocks(max(round(first - (steps - 1) / _STEPS, 9), least)))
         except OutOfReachError:
             return None  # layers that have to stay hold more than that
         pruning.asked = asked
@@ -92,7 +92,8 @@ def blocks_within_loss(
     def loss(found: tuple[Plan, Pruning] | None) -> float:
         return float("inf") if found is None else question.loss_of(found[0])
 
-    most = min(_STEPS - 1, math.ceil((1 - least) * _STEPS - 1e-9))
+    # One step more would leave nothing, or less than is wanted.
+    most = min(math.ceil(first * _STEPS - 1e-9), 1 + max(0, math.ceil((first - least) * _STEPS - 1e-9)))
     best = climb_within_budget(most, trial, loss, budget)
     if best is None:
         reason = f"left dense: no ratio of zero blocks fits {budget:g} points of loss"

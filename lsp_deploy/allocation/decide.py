@@ -14,11 +14,12 @@ from lsp_deploy.allocation.blocks import add_blocks, blocks_within_loss, typed_b
 from lsp_deploy.allocation.budget import largest_within_budget
 from lsp_deploy.allocation.execution import decide_execution
 from lsp_deploy.allocation.gpu_execution import decide_gpu_execution
+from lsp_deploy.allocation.gpu_zeros import add_gpu_zeros
 from lsp_deploy.allocation.precision import decide_precision, without_int8
 from lsp_deploy.allocation.pruning import Pruning
 from lsp_deploy.allocation.question import Question, planned_weight, set_weight_scales
 from lsp_deploy.allocation.sparsity import dense
-from lsp_deploy.allocation.two_four import add_two_four, typed_two_four
+from lsp_deploy.allocation.two_four import typed_two_four
 from lsp_deploy.plan import LayerPlan, Plan, PrecisionDecision
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def decide(question: Question) -> tuple[Plan, Pruning | None]:
     if recipe.sparsity == "block" and keep is None:
         plan, added = blocks_within_loss(question, plan, budget)
     elif recipe.sparsity == "auto":
-        add = add_two_four if question.timings is None else add_blocks
+        add = add_gpu_zeros if question.timings is None else add_blocks
         plan, added = add(question, plan, budget)
     on_gpu = question.target.kind == "gpu"
     plan = decide_gpu_execution(question, plan) if on_gpu else decide_execution(question, plan, budget)

@@ -89,6 +89,8 @@ def least_time_us(question: Question, plan: Plan) -> float:
 def linear_time_us(layer: LayerPlan) -> float | None:
     """Return what the layer takes the way it is run, as its plan says, µs; None where that was not timed."""
     times, dtype = layer.execution.times_us, layer.precision.dtype
+    if layer.sparsity.pattern == "2:4" and f"two_four {dtype}" in times:
+        return times[f"two_four {dtype}"]
     kernels = [kernel for kernel, name in _KERNELS.items() if name == layer.execution.kernel]
     return next((times[f"{kernel} {dtype}"] for kernel in kernels if f"{kernel} {dtype}" in times), None)
 

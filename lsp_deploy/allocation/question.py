@@ -15,6 +15,7 @@ from lsp_deploy.sensitivity.quantization import ComputeType, activation_grid, we
 
 if TYPE_CHECKING:
     from lsp_deploy.hardware.cpu_timings import CpuTimings
+    from lsp_deploy.hardware.gpu_timings import GpuTimings
     from lsp_deploy.hardware.target import Target
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.recipe import Recipe
@@ -50,7 +51,9 @@ class Question:
     loss: Callable[[Plan], float] | None
     """Points of top-1 that a plan loses on the held-out images; None for a model without a class output."""
     timings: CpuTimings | None = None
-    """What layers take on this machine, measured; None where the target is another."""
+    """What layers take on this machine's CPU, measured; None where the target is another."""
+    gpu_timings: GpuTimings | None = None
+    """The same of this machine's GPU."""
 
     @property
     def max_drop(self) -> float:

@@ -17,13 +17,27 @@ from numpy.typing import ArrayLike, NDArray
 
 from lsp_deploy.hardware.target import ElementType
 
-__all__ = ["CANDIDATES", "DENSITIES", "Activation", "CpuTimings", "LayerTimes", "LinearShape", "type_of"]
+__all__ = [
+    "CANDIDATES",
+    "DENSITIES",
+    "GPU_CANDIDATES",
+    "Activation",
+    "CpuTimings",
+    "LayerTimes",
+    "LinearShape",
+    "type_of",
+]
 
 Activation = Literal["none", "gelu", "gelu_tanh", "relu"]
 
 CANDIDATES = (
     "matmul fp32", "qgemm int8", "block_sparse fp32", "block_sparse bf16", "block_sparse int8", "gather fp32",
 )  # fmt: skip
+GPU_CANDIDATES = (
+    "matmul fp32", "matmul fp16", "matmul bf16", "matmul int8",
+    "block_sparse fp16", "block_sparse bf16", "block_sparse int8",
+)  # fmt: skip
+"""Of GPUs (`gpu_timings.py`)."""
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1)
 """Fractions of surviving blocks that a candidate which skips zero blocks is timed at."""
 
@@ -119,7 +133,8 @@ def type_of(candidate: str) -> ElementType:
     Raises:
         ValueError: there is no such candidate.
     """
-    types: dict[str, ElementType] = {"fp32": "fp32", "bf16": "bf16", "int8": "int8"}
-    if candidate not in CANDIDATES:
-        raise ValueError(f"{candidate!r} is not one of {', '.join(CANDIDATES)}")
+    types: dict[str, ElementType] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
+    known = dict.fromkeys((*CANDIDATES, *GPU_CANDIDATES))
+    if candidate not in known:
+        raise ValueError(f"{candidate!r} is not one of {', '.join(known)}")
     return types[candidate.rpartition(" ")[2]]

@@ -1,7 +1,7 @@
 """What a budget counts: FLOPs, parameters, bytes, or what a layer takes.
 
-What it takes is estimated by the target's cost model; the latency on a CPU, which has none, is that of the timings that
-were made on this machine.
+What it takes is estimated by the target's cost model; latency is that of the timings that were made on this machine,
+where there are some: always on a CPU, which has no cost model, and on a GPU that is here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lsp_deploy.search.block_curves import block_sizes
 
 if TYPE_CHECKING:
     from lsp_deploy.hardware.cpu_timings import CpuTimings, LayerTimes
+    from lsp_deploy.hardware.gpu_timings import GpuTimings
     from lsp_deploy.hardware.target import ElementType, Target
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.plan import LayerPlan, Plan
@@ -51,7 +52,7 @@ class Measure:
     always: float = 0.0
     """Cost outside the linear layers."""
     times: Mapping[str, LayerTimes] = field(default_factory=dict)
-    """What layers take on this machine, by layer name: the latency of a target that has no cost model."""
+    """What layers take on this machine, by layer name, where it is the target."""
 
     @property
     def unit(self) -> str:
@@ -62,6 +63,10 @@ class Measure:
     def is_measured(self) -> bool:
         """Whether it is a latency by measured times."""
         return self.kind == "latency_us" and bool(self.times)
+
+    def has_times(self, layer: LinearLayer | LayerPlan) -> bool:
+        """Return whether a layer was timed; the convolution on a GPU is not."""
+        return self.is_measured and layer.name in self.times
 
     @property
     def times_key(self) -> dict[str, Any]:
@@ -80,7 +85,7 @@ class Measure:
             layer: the layer.
             sizes: entries of each block, in the order of removal.
         """
-        if self.is_measured:
+        if self.has_times(layer):
             return self._measured(layer, np.arange(len(sizes), -1, -1) / len(sizes))
         return block_costs(
             self.kind,
@@ -95,7 +100,7 @@ class Measure:
 
     def of_dense(self, layer: LinearLayer) -> float:
         """Return the cost of a layer that loses nothing."""
-        if self.is_measured:
+        if self.has_times(layer):
             return float(self._measured(layer, np.ones(1))[0])
         return layer_cost(
             self.kind,
@@ -119,18 +124,19 @@ def measure_of(
     target: Target,
     dtypes: Mapping[str, ElementType],
     attention_flops: int,
-    timings: CpuTimings | None = None,
+    timings: CpuTimings | GpuTimings | None = None,
 ) -> tuple[Measure, float | None]:
     """Return the measure that the recipe's budget is in, and the budget in its unit.
 
     FLOPs are given as a fraction of the dense ones and come back as they are. Without a budget the measure is FLOPs,
-    but for the zeros that `auto` adds where layers were timed: those are to save time.
+    but for the zeros that `auto` adds: those are to save time.
 
     Raises:
         UserError: the target has no figures to estimate from.
     """
     typed = next((name for name in _KINDS if getattr(recipe, name) is not None), None)
-    saves_time = timings is not None and recipe.sparsity == "auto" and recipe.allocator == "exact"
+    estimable = timings is not None or (target.kind == "gpu" and bool(target.peak))
+    saves_time = estimable and recipe.sparsity == "auto" and recipe.allocator == "exact"
     kind, factor = _KINDS[typed or ("max_latency_ms" if saves_time else "flops")]
     always = float(attention_flops) if kind == "flops" and recipe.flops_of == "model" else 0.0
     if kind == "energy_uj":
@@ -144,8 +150,8 @@ def measure_of(
 def planned_cost(measure: Measure, plan: Plan) -> float:
     """Return the measure of a plan as it was decided in the end: its blocks, and its element types.
 
-    A search prices layers with the types that they are expected to have; the loss budget may take int8 back. Latency on
-    a CPU is what the plan says of its layers: that is what was measured, also where a plan is carried out again.
+    A search prices layers with the types that they are expected to have; the loss budget may take int8 back. Latency is
+    what the plan says that was measured of its layers, also where a plan is carried out again.
 
     Raises:
         UserError: the plan does not say what a layer takes.
@@ -154,6 +160,10 @@ def planned_cost(measure: Measure, plan: Plan) -> float:
         return measure.always + sum(_time_in_plan(layer) for layer in plan.layers)
     total = measure.always
     for layer in plan.layers:
+        measured = linear_time_us(layer) if measure.kind == "latency_us" else None
+        if measured is not None:
+            total += measured
+            continue
         mask = plan.masks.get(layer.name)
         sizes = block_sizes(layer, measure.block)
         gone = (

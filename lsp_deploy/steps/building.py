@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +34,12 @@ class Built:
     """Filled when a builder that serves the target failed (exit code 1)."""
 
 
-def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shapes, *, wanted: bool) -> Built:
+def build_engine(
+    output: OutputFolder, target: Target, plan: Plan, shapes: Shapes, *, wanted: bool, plugins: Sequence[Path] = ()
+) -> Built:
     """Build the target's engine from the written model, in the first builder of the target that is usable here.
 
-    `wanted` is False where the user asked for none.
+    `wanted` is False where the user asked for none; `plugins` are libraries for TensorRT.
     """
     from lsp_deploy.engines.protocol import BuildOptions
 
@@ -48,6 +50,7 @@ def build_engine(output: OutputFolder, target: Target, plan: Plan, shapes: Shape
         opt_shapes=shapes.opt,
         max_shapes=shapes.max,
         sparse_weights=any(layer.sparsity.pattern == "2:4" for layer in plan.layers),
+        plugins=tuple(plugins),
     )
     operators = any(layer.execution.kernel == "block_sparse" for layer in plan.layers)
     return build_from(

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from lsp_deploy.hardware.cpu_timings import LinearShape
+    from lsp_deploy.hardware.target import ElementType
+    from lsp_deploy.sensitivity.quantization import ComputeType
 
-__all__ = ["candidate_model", "layer_feeds"]
+__all__ = ["candidate_model", "gpu_candidate_model", "layer_feeds"]
 
 _NAME = "layer"
 _OPSET = 20  # the first with Gelu
@@ -49,6 +51,49 @@ def candidate_model(shape: LinearShape, candidate: str, density: float) -> ir.Mo
     return model
 
 
+def gpu_candidate_model(shape: LinearShape, candidate: str, density: float, compute_type: ComputeType) -> ir.Model:
+    """Return the same for a GPU, as `compress` writes it; inputs and outputs are of the compute type.
+
+    The input of an int8 layer is int8: in a network, what comes before quantizes it as it writes.
+
+    Args:
+        shape: of the layer.
+        candidate: one of `GPU_CANDIDATES`, or "two_four <type>".
+        density: fraction of the blocks of W that survive, at random places; for block_sparse.
+        compute_type: of what is not quantized.
+
+    Raises:
+        UserError: a block that the operator has no kernels for.
+    """
+    import onnx_ir as ir
+
+    from lsp_deploy.allocation.masks import magnitude_score, two_four_mask
+    from lsp_deploy.sensitivity.quantization import weight_scale
+    from lsp_deploy.steps.apply import apply_plan
+
+    kernel, _, name = candidate.partition(" ")
+    dtype: ElementType = "int8" if name == "int8" else compute_type
+    plan, weight = _plan(shape, dtype, compute_type), _weight(shape, 1.0)
+    plan.io_types = "target"
+    if kernel == "block_sparse":
+        plan.block_shape = shape.block
+        plan.layers[0].sparsity.pattern, plan.layers[0].execution.kernel = "block", "block_sparse"
+        plan.masks[_NAME] = _block_mask(shape, density)
+    elif kernel == "two_four":
+        plan.layers[0].sparsity.pattern = "2:4"
+        plan.masks[_NAME] = two_four_mask(magnitude_score(weight))
+    if dtype == "int8":
+        masked = weight * plan.masks[_NAME] if plan.masks else weight
+        plan.weight_scales[_NAME] = weight_scale(masked, compute_type)
+    stock = _stock_model(shape)
+    floats = {str(value.name): ir.DataType.FLOAT for value in (*stock.graph.inputs, *stock.graph.outputs)}
+    shapes = {name: feed.shape for name, feed in layer_feeds(shape).items()}
+    model = apply_plan(stock, plan, floats, shapes, kind="gpu").model
+    if dtype == "int8":
+        _start_quantized(model)
+    return model
+
+
 def layer_feeds(shape: LinearShape) -> dict[str, NDArray[np.float32]]:
     """Return random inputs of `candidate_model`."""
     random = np.random.default_rng(0)
@@ -60,14 +105,19 @@ def layer_feeds(shape: LinearShape) -> dict[str, NDArray[np.float32]]:
 
 def _weight(shape: LinearShape, density: float) -> NDArray[np.float32]:
     """Return a random W [K, N] of which the fraction `density` of the blocks is not zero, at least one."""
-    random = np.random.default_rng(0)
+    weight = np.random.default_rng(0).standard_normal((shape.K, shape.N), np.float32) / np.float32(shape.K**0.5)
+    return np.asarray(weight * _block_mask(shape, density), np.float32)
+
+
+def _block_mask(shape: LinearShape, density: float) -> NDArray[np.bool_]:
+    """Return the mask [K, N] of that weight."""
     block_k, block_n = shape.block
     rows, columns = -(-shape.K // block_k), -(-shape.N // block_n)
     survives = np.zeros(rows * columns, bool)
-    survives[random.permutation(rows * columns)[: max(1, round(density * rows * columns))]] = True
+    order = np.random.default_rng(0).permutation(rows * columns)
+    survives[order[: max(1, round(density * rows * columns))]] = True
     mask = np.repeat(np.repeat(survives.reshape(rows, columns), block_k, axis=0), block_n, axis=1)
-    weight = random.standard_normal((shape.K, shape.N), np.float32) / np.float32(shape.K**0.5)
-    return np.asarray(weight * mask[: shape.K, : shape.N], np.float32)
+    return np.asarray(mask[: shape.K, : shape.N])
 
 
 def _stock_model(shape: LinearShape) -> ir.Model:
@@ -129,19 +179,44 @@ def _to_qgemm(model: ir.Model, shape: LinearShape) -> None:
     from lsp_deploy.passes.qgemm_form import QgemmFormPass
     from lsp_deploy.sensitivity.quantization import weight_scale
 
+    plan = _plan(shape, "int8", "fp32")
+    plan.layers[0].execution.kernel = "qgemm"
+    plan.weight_scales[_NAME] = weight_scale(_weight(shape, 1.0), "fp32")
+    QgemmFormPass(plan)(model)
+
+
+def _plan(shape: LinearShape, dtype: ElementType, compute_type: ComputeType) -> Plan:
+    """Return a plan that computes the layer in a type, dense, and leaves it to the engine."""
+    from lsp_deploy.sensitivity.quantization import round_scale
+
+    scale = float(round_scale(np.array([_X_SCALE], np.float32), compute_type)[0]) if dtype == "int8" else None
+    assert dtype in ("fp32", "fp16", "bf16", "int8")
     layer = LayerPlan(
         name=_NAME,
         role="fc1",
         K=shape.K,
         N=shape.N,
         M=shape.M,
-        sparsity=SparsityDecision(asked="none", reason="timed dense"),
-        precision=PrecisionDecision(asked="int8", dtype="int8", activation_scale=_X_SCALE, reason="timed in int8"),
-        execution=ExecutionDecision(kernel="qgemm"),
+        sparsity=SparsityDecision(asked="none", reason="to be timed"),
+        precision=PrecisionDecision(asked=dtype, dtype=dtype, activation_scale=scale, reason="to be timed"),
+        execution=ExecutionDecision(),
     )
-    plan = Plan(tool_version="", model_sha256="", target="cpu", compute_type="fp32", opset=_OPSET, layers=[layer])
-    plan.weight_scales[_NAME] = weight_scale(_weight(shape, 1.0), "fp32")
-    QgemmFormPass(plan)(model)
+    return Plan(tool_version="", model_sha256="", target="", compute_type=compute_type, opset=_OPSET, layers=[layer])
+
+
+def _start_quantized(model: ir.Model) -> None:
+    """Make the int8 that x is quantized to the model's input."""
+    import onnx_ir as ir
+
+    x = model.graph.inputs[0]
+    (quantize,) = [node for node, _ in x.uses()]
+    if quantize.op_type != "QuantizeLinear":
+        raise ValueError(f"x is read by a {quantize.op_type}, not quantized")
+    start = ir.Value(name=x.name, shape=x.shape, type=ir.TensorType(ir.DataType.INT8))
+    for node, index in tuple(quantize.outputs[0].uses()):
+        node.replace_input_with(index, start)
+    model.graph.remove(quantize, safe=True)
+    model.graph.inputs[0] = start
 
 
 def _graph(shape: LinearShape) -> tuple[ir.Graph, ir.Value, ir.Value | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,17 +28,25 @@ __all__ = ["batch_size", "make_plan"]
 
 
 def make_plan(
-    prepared: PreparedModel, data: CalibrationData, evaluator: Evaluator, recipe: Recipe, target: Target, threads: int
+    prepared: PreparedModel,
+    data: CalibrationData,
+    evaluator: Evaluator,
+    recipe: Recipe,
+    target: Target,
+    threads: int,
+    plugins: Sequence[Path] = (),
 ) -> tuple[Plan, Pruning | None]:
     """Measure the model on the calibration data and decide every layer; also returns how its zeros were found.
 
-    Where the target is this machine's CPU, what its layers take is measured, too.
+    Where the target is this machine's CPU or GPU, what its layers take is measured, too; `plugins` are for the GPU.
     """
+    from lsp_deploy.steps.gpu_timing import time_gpu_layers
     from lsp_deploy.steps.pruning import choose_pruner
     from lsp_deploy.steps.timing import time_layers
 
     timings = time_layers(prepared, recipe, target, threads) if target.kind == "cpu" else None
-    choice = choose_pruner(prepared, data, recipe, target, threads, timings)
+    gpu_timings = time_gpu_layers(prepared, recipe, target, plugins) if target.kind == "gpu" else None
+    choice = choose_pruner(prepared, data, recipe, target, threads, timings, gpu_timings)
 
     def statistics(plan: Plan) -> dict[str, ActivationStatistics]:
         unquantized = plan.branch()
@@ -61,6 +71,7 @@ def make_plan(
             why_no_pruner=choice.why_not,
             loss=evaluator.loss if evaluator.is_classifier else None,
             timings=timings,
+            gpu_timings=gpu_timings,
         )
     )
     if pruning is not None:

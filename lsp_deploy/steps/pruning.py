@@ -15,6 +15,7 @@ from lsp_deploy.errors import UserError
 if TYPE_CHECKING:
     from lsp_deploy.allocation.pruning import Pruner
     from lsp_deploy.hardware.cpu_timings import CpuTimings
+    from lsp_deploy.hardware.gpu_timings import GpuTimings
     from lsp_deploy.hardware.target import ElementType, Target
     from lsp_deploy.linear_layers import LinearLayer
     from lsp_deploy.plan import Plan
@@ -47,12 +48,13 @@ def choose_pruner(
     target: Target,
     threads: int,
     timings: CpuTimings | None = None,
+    gpu_timings: GpuTimings | None = None,
 ) -> PrunerChoice:
     """Return what the recipe's zeros are found with; nothing is analysed yet.
 
     Weights are reconstructed by default where the calibration data is real. Without PyTorch nothing can be
-    differentiated: 2:4 then falls back to masks by |W|·‖x‖, and the user is told. `timings` are what a latency budget
-    on a CPU counts.
+    differentiated: 2:4 then falls back to masks by |W|·‖x‖, and the user is told. `timings` of this machine's CPU or
+    GPU are what a latency budget counts there.
 
     Raises:
         UserError: reconstruction was typed, and PyTorch is not installed.
@@ -84,7 +86,7 @@ def choose_pruner(
 
     torch.set_num_threads(threads)
     dtypes = {layer.name: _expected_type(layer, prepared, recipe, target, timings) for layer in prepared.layers}
-    measure, budget = measure_of(recipe, target, dtypes, prepared.attention_flops, timings)
+    measure, budget = measure_of(recipe, target, dtypes, prepared.attention_flops, timings or gpu_timings)
     task = PruningTask(
         model=prepared.canonical,
         model_sha256=prepared.sha256,
@@ -138,7 +140,7 @@ def missed_budget(plan: Plan, recipe: Recipe, target: Target, attention_flops: i
         return f"{flag} {asked:g} was not checked: {error}"
     if cost <= budget * 1.005:
         return None
-    is_measured = measure.kind == "latency_us" and target.kind == "cpu"
+    is_measured = measure.kind == "latency_us" and any(layer.execution.times_us for layer in plan.layers)
     how = "in its linear layers (measured, shape by shape)" if is_measured else "by the cost model (estimated)"
     found = f"{asked * cost / budget:.4g} {how}, with the element types as decided"
     return f"{flag} {asked:g} was not met: {found}"

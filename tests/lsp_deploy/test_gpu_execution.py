@@ -26,7 +26,8 @@ def canonical() -> ir.Model:
 def decided(canonical: ir.Model, plan: Plan, target: Target) -> Plan:
     for layer in plan.layers:
         layer.execution = ExecutionDecision()
-    question = SimpleNamespace(layers=inside(canonical), target=target)
+        layer.sparsity.asked = "block"
+    question = SimpleNamespace(layers=inside(canonical), target=target, gpu_timings=None)
     return decide_gpu_execution(question, plan)
 
 

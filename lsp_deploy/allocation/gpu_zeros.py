@@ -1,0 +1,108 @@
+"""Zeros that `auto` adds on a GPU: 2:4, or blocks where those make the network faster still.
+
+A search for blocks is long, and on many targets it cannot win. So the first step already asks for as few blocks as
+would beat 2:4; where that loses too much, or no mask can be fast enough, nothing more is tried.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lsp_deploy.allocation.blocks import blocks_within_loss
+from lsp_deploy.allocation.gpu_execution import gpu_time_us, operator_cannot_run
+from lsp_deploy.allocation.precision import COMPRESSIBLE_ROLES
+from lsp_deploy.allocation.pruning import Pruning
+from lsp_deploy.allocation.question import Question
+from lsp_deploy.allocation.sparsity import excluded
+from lsp_deploy.allocation.two_four import add_two_four
+from lsp_deploy.errors import UserError
+from lsp_deploy.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from lsp_deploy.linear_layers import LinearLayer
+
+__all__ = ["add_gpu_zeros"]
+
+# Of the linear layers' time: below that, `auto` keeps what the engine runs by itself. The cost model's ratios are off
+# by up to a fifth, and it does not know what an engine fuses with its own kernels.
+_WORTH_MEASURED, _WORTH_ESTIMATED = 0.03, 0.15
+_FEWEST = 0.25  # of the blocks, in all layers at once: with fewer no network keeps its accuracy without training
+
+
+def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, Pruning | None]:
+    """Return the plan with the zeros that are fastest on the target, within `budget` points of loss.
+
+    Layers that stay dense, and those that get 2:4, say why they have no blocks where that was looked into.
+    """
+    halved, found = add_two_four(question, plan.branch(), budget)
+    if not _may_have_blocks(question):
+        return halved, found
+    if question.gpu_timings is not None and not question.gpu_timings.has_operator:
+        return _without_blocks(halved, "blocks were not tried: the operator was not timed", question, why=""), found
+    trial = plan.branch()
+    trial.block_shape = question.recipe.block_shape
+    try:
+        dense_us = gpu_time_us(question, plan)
+        worth = _WORTH_ESTIMATED if question.gpu_timings is None else _WORTH_MEASURED
+        wanted_us = (1 - worth) * gpu_time_us(question, halved)
+        if _least_us(question, trial) > wanted_us:
+            return _without_blocks(halved, f"zero blocks cannot save {worth:.0%} of the time", question), found
+        blocks, pruning = blocks_within_loss(question, trial, budget, "auto", first=wanted_us / dense_us)
+        blocks_us = gpu_time_us(question, blocks)
+    except UserError as error:  # nobody asked for blocks
+        return _without_blocks(halved, f"blocks were not tried: {error}", question, why=""), found
+    if pruning is None:
+        few = f"zero blocks within {budget:g} points of loss are too few to save {worth:.0%} of the time"
+        return _without_blocks(halved, few, question), found
+    if blocks_us > wanted_us:
+        saved = f"zero blocks would leave {blocks_us / dense_us:.0%} of the time, more than 2:4 or too little less"
+        return _without_blocks(halved, saved, question), found
+    return blocks, pruning
+
+
+def _may_have_blocks(question: Question) -> bool:
+    """Return whether blocks can be found for their time, and what they lose be measured.
+
+    A budget of another kind decides what is removed, and the LSP allocator counts FLOPs.
+    """
+    if question.pruner is None or question.loss is None or not question.real_images:
+        return False
+    return question.recipe.allocator == "exact" and question.pruner.asked_keep is None
+
+
+def _least_us(question: Question, plan: Plan) -> float:
+    """Return what the layers would take with as few blocks as can be: a bound that no mask is below."""
+    sparse = plan.branch()
+    shape = question.recipe.block_shape
+    for layer, of_model in zip(sparse.layers, question.layers, strict=True):
+        if _can_lose_blocks(layer, of_model, question):
+            layer.sparsity.pattern = "block"
+            sparse.masks[layer.name] = _mask((layer.K, layer.N), shape)
+    return gpu_time_us(question, sparse)
+
+
+def _can_lose_blocks(layer: LayerPlan, of_model: LinearLayer, question: Question) -> bool:
+    if layer.role not in COMPRESSIBLE_ROLES or excluded(of_model, question.recipe.exclude) is not None:
+        return False
+    return operator_cannot_run(layer, of_model, question.recipe.block_shape, question.target) is None
+
+
+def _mask(size: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
+    """Return a mask [K, N] of which the fraction `_FEWEST` of the blocks survives, one at least."""
+    grid = -(-size[0] // block[0]), -(-size[1] // block[1])
+    kept = np.arange(grid[0] * grid[1]) < max(1, round(_FEWEST * grid[0] * grid[1]))
+    return kept.reshape(grid).repeat(block[0], axis=0).repeat(block[1], axis=1)[: size[0], : size[1]]
+
+
+def _without_blocks(plan: Plan, reason: str, question: Question, why: str | None = None) -> Plan:
+    """Return the plan, every layer that could have lost blocks with the reason why it has not."""
+    if why is None:
+        timings = question.gpu_timings
+        why = " (estimated)" if timings is None else f" (measured on {timings.device})"
+    result = plan.branch()
+    for layer, of_model in zip(result.layers, question.layers, strict=True):
+        if _can_lose_blocks(layer, of_model, question):
+            layer.sparsity.reason += f"; {reason}{why}"
+    return result
