@@ -20,6 +20,9 @@ from lsp_deploy.errors import UserError
 
 __all__ = ["load_engine"]
 
+# Plugin libraries of this process: TensorRT refuses one whose plugins it knows already.
+_LOADED: set[tuple[ModuleName, Path]] = set()
+
 
 def load_engine(
     module: ModuleName, path: Path, *, weights: Path | None = None, plugins: Sequence[Path] = ()
@@ -46,10 +49,12 @@ def load_engine(
     trt: Any = importlib.import_module(module)
     logger, errors = _logger(module)
     errors.clear()
+    new = [library for library in plugins if (module, library.resolve()) not in _LOADED]
     try:
-        load_plugins(trt, logger, plugins)
+        load_plugins(trt, logger, new)
     except NotInThisVersionError as error:
         raise UserError(str(error)) from None
+    _LOADED.update((module, library.resolve()) for library in new)
     engine = _deserialized(trt, logger, path, info)
     if engine is None:
         raise UserError(f"{module} {trt.__version__} cannot load {path} on {gpu.name}{_reason(errors)}")

@@ -131,6 +131,7 @@ def tensor_answers(trt: Any) -> dict[str, dict[str, Any]]:
             "node_name": lambda: "n",
             "node_operator": lambda: "Op",
         },
+        "IPluginRegistry": {"all_creators": [SimpleNamespace(name="BlockSparseLinear", plugin_namespace="lsp")]},
         "Builder": {"build_serialized_network": lambda network, config: b"plan"},
         "IBuilderConfig": {"set_timing_cache": lambda cache, ignore: True},
         "ITimingCache": {"serialize": lambda: b"cache"},

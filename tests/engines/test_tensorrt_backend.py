@@ -144,6 +144,16 @@ def test_what_was_measured_is_kept_and_used_again(make_model, tmp_path: Path):
     assert cache.read_bytes() == b"GPU 0:measured."
 
 
+def test_engines_may_share_a_plugin_library(make_model, tmp_path: Path, cuda):
+    engine, _ = build(make_model())
+    (tmp_path / "lib.so").touch()
+    for _ in range(2):
+        with loading.load_engine("tensorrt", engine, plugins=(tmp_path / "lib.so",)) as loaded:
+            assert "x" in loaded.inputs
+    with pytest.raises(UserError, match=r"cannot load the plugin library .*absent\.so"):
+        loading.load_engine("tensorrt", engine, plugins=(tmp_path / "lib.so", tmp_path / "absent.so"))
+
+
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8"])
 def test_answers_are_those_of_onnx_runtime(make_model, x: np.ndarray, cuda, kind: str):
     model = make_model(kind)

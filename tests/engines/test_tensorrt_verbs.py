@@ -108,6 +108,6 @@ def test_a_plugin_goes_into_the_engine_or_is_loaded_before_it(make_model, target
         "profiles"
     ]
     assert one["batch"] == 2
-    library.unlink()
-    with pytest.raises(UserError, match=r"tensorrt 10.3.0 cannot load the plugin library .*lib.so"):
-        answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(library), "--no-power")
+    absent = tmp_path / "absent.so"
+    with pytest.raises(UserError, match=r"tensorrt 10.3.0 cannot load the plugin library .*absent.so"):
+        answer("profile", str(engine), "--target", target, "--batch", "2", "--plugin", str(absent), "--no-power")

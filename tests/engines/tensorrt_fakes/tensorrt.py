@@ -48,9 +48,15 @@ class ILogger:
     Severity = Severity
 
 
+_LOADED: set[str] = set()
+
+
 class _Registry:
     def load_library(self, path: str) -> object | None:
-        return object() if os.path.isfile(path) else None  # noqa: PTH113
+        if not os.path.isfile(path) or path in _LOADED:  # noqa: PTH113
+            return None  # TensorRT takes no library whose plugins it has already
+        _LOADED.add(path)
+        return object()
 
 
 def get_plugin_registry() -> _Registry:
