@@ -83,7 +83,7 @@ def assemble(
     layers = layer_rows(plan, built.info, removed, pruning)
     budget = budget_section(measured.fidelity, recipe)
     attended = attention_execution(plan.attention)
-    needs = operator_words(layers, attended)
+    needs = operator_words(layers, attended, on_gpu=target.kind == "gpu")
     profiles = [_profile(profile, label, target) for label, profile in measured.profiles.items()]
     return Report(
         tool_version=__version__,

@@ -66,14 +66,16 @@ def linear_time_words(times: LinearTimeSection, layers: Sequence[LayerRow]) -> s
     )
 
 
-def operator_words(layers: Sequence[LayerRow], attention: AttentionExecution | None) -> str | None:
-    """Return what a user's own session needs for operators of this project; None where the model has none."""
+def operator_words(layers: Sequence[LayerRow], attention: AttentionExecution | None, *, on_gpu: bool) -> str | None:
+    """Return what whoever runs the model needs for operators of this project; None where the model has none."""
     kernels = {layer.execution.kernel for layer in layers if not layer.gone}
     if "block_sparse" not in kernels and (attention is None or attention.kernel != "lsp"):
         return None
+    needs = "a session of your own needs lsp_deploy.plugins.register(options)"
+    if on_gpu:
+        needs = "TensorRT takes them from liblsp_block_sparse.so (docs/tensorrt-plugin.md), to build and to run"
     return (
-        "model.onnx has operators of lsp-deploy: a session of your own needs lsp_deploy.plugins.register(options), "
-        "and `lsp-deploy lower` writes the same with stock operators"
+        f"model.onnx has operators of lsp-deploy: {needs}, and `lsp-deploy lower` writes the same with stock operators"
     )
 
 

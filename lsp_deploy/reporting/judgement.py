@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lsp_deploy.allocation.question import DEFAULT_MAX_DROP
+from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.cards import budget_words
 from lsp_deploy.reporting.layer_rows import WITHOUT_TWO_FOUR
 from lsp_deploy.reporting.sections import BudgetSection, LayerRow
@@ -76,7 +77,7 @@ def run_warnings(
     ]
     if stay:
         warnings.append(
-            f"the block zeros of {len(stay)} layers stay in ordinary MatMuls, at the dense speed: "
+            f"the block zeros of {formatting.count(len(stay), 'layer')} stay in ordinary MatMuls, at the dense speed: "
             f"{stay[0].name}: {stay[0].execution.reason}"
         )
     gain_nothing = sum(layer.engine.uses_two_four is False for layer in layers)

@@ -52,9 +52,10 @@ def recovery_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
 
 
 def execution_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:
-    """Group layers by what was chosen to run them, the largest group first; none where nothing was timed."""
+    """Group layers by what was chosen to run them, the largest group first; none where there was no choice."""
     rows = list(layers)
-    return _groups(run_as(rows)) if any(layer.execution.times_us for layer in rows) else []
+    chosen = any(layer.execution.times_us or layer.execution.kernel != "engine" for layer in rows)
+    return _groups(run_as(rows)) if chosen else []
 
 
 def engine_groups(layers: Iterable[LayerRow]) -> list[ReasonGroup]:

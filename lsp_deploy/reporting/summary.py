@@ -38,7 +38,8 @@ def summary_renderables(report: Report) -> list[RenderableType]:
     # Commands to be pasted are not broken; in a group, because a bare Text loses that when it is printed.
     parts += [Text(words), Group(*(Text(line, no_wrap=True, overflow="ignore") for line in commands))]
     names = ", ".join(file.name for file in report.outputs)
-    needs = operator_words(report.layers, report.attention_execution)
+    on_gpu = report.target.compute_capability is not None
+    needs = operator_words(report.layers, report.attention_execution, on_gpu=on_gpu)
     parts += [Text(line) for line in (f"files: {names}" if names else None, needs) if line]
     return parts + [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]
 

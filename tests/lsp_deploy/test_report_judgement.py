@@ -83,7 +83,7 @@ def test_everything_to_warn_of() -> None:
         "imagenet was assumed",
         "3 images of photos did not decode",
         f"1 of 6 linear layers in another element type than asked: {plan.layers[1].name}",
-        f"the block zeros of 1 layers stay in ordinary MatMuls, at the dense speed: {plan.layers[2].name}: left to the",
+        f"the block zeros of 1 layer stay in ordinary MatMuls, at the dense speed: {plan.layers[2].name}: left to the",
         "2:4 zeros of 3 layers gain no speed in the tensorrt_rtx engine",
     ):
         assert sum(expected in warning for warning in warnings) == 1, expected

@@ -192,9 +192,11 @@ def test_without_all_times_there_is_no_sum(plan: Plan) -> None:
 
 
 def test_who_runs_the_model_is_told_what_it_needs(plan: Plan) -> None:
-    assert operator_words(layer_rows(plan, None), None) is None
-    words = operator_words(layer_rows(on_cpu(plan), None), None)
+    assert operator_words(layer_rows(plan, None), None, on_gpu=False) is None
+    words = operator_words(layer_rows(on_cpu(plan), None), None, on_gpu=False)
     assert words is not None and "plugins.register" in words and "lsp-deploy lower" in words
+    words = operator_words(layer_rows(on_cpu(plan), None), None, on_gpu=True)
+    assert words is not None and "liblsp_block_sparse.so" in words and "plugins.register" not in words
 
 
 def test_layers_that_were_not_timed_are_in_no_group(plan: Plan) -> None:
