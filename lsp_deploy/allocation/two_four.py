@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_two_four", "typed_two_four"]
 
+_GAIN = 0.03  # of the measured dense time, at least: less may be chance
+
 
 def typed_two_four(question: Question, plan: Plan) -> tuple[Plan, Pruning]:
     """Return the plan with 2:4 zeros in every layer that can have them: it was asked for.
@@ -34,7 +36,7 @@ def typed_two_four(question: Question, plan: Plan) -> tuple[Plan, Pruning]:
             plan.layer(layer.name).sparsity = dense("2:4", reason)
             continue
         names.append(layer.name)
-        no_gain = does_not_pay(layer, question.target, "2:4")
+        no_gain = _no_gain(question, plan, layer)
         note = f", though it does not pay: {no_gain}" if no_gain else ""
         reasons[layer.name] = f"asked for: --sparsity 2:4{note}"
     try:
@@ -57,7 +59,7 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
     """
     names = []
     for layer in question.layers:
-        if (reason := _why_not(question, layer)) is not None:
+        if (reason := _why_not(question, plan, layer)) is not None:
             plan.layer(layer.name).sparsity = dense("auto", reason)
         else:
             names.append(layer.name)
@@ -84,13 +86,12 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
         words = pruning.reasons
         pruning.reasons = {}
         for position, name in enumerate(order):
-            saved = f"estimated to save {savings[name]:.3g} µs" if savings[name] > 0 else "no saving by the cost model"
-            estimate = f"{saved} on {plan.target}, predicted damage {damages[name]:.3g}"
+            estimate = f"{_saved_words(question, plan, savings[name])}, predicted damage {damages[name]:.3g}"
             if position < count and name not in pruning.masks:
                 pruning.reasons[name] = words[name]
             elif position < count:
                 pruning.reasons[name] = (
-                    f"2:4 pays by the target's table ({estimate}) and fits the loss budget{words.get(name, '')}"
+                    f"2:4 pays{_by_what(question)} ({estimate}) and fits the loss budget{words.get(name, '')}"
                 )
             elif count == wanted:
                 pruning.reasons[name] = flops_are_met
@@ -113,10 +114,10 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
     return best
 
 
-def _why_not(question: Question, layer: LinearLayer) -> str | None:
+def _why_not(question: Question, plan: Plan, layer: LinearLayer) -> str | None:
     if (reason := cannot_have_two_four(layer, question.recipe.exclude)) is not None:
         return reason
-    if (no_gain := does_not_pay(layer, question.target, "2:4")) is not None:
+    if (no_gain := _no_gain(question, plan, layer)) is not None:
         return f"left dense: {no_gain}"
     if not question.real_images:
         return "left dense: auto prunes nothing without real images; name some with --calibration-data"
@@ -125,6 +126,18 @@ def _why_not(question: Question, layer: LinearLayer) -> str | None:
     if question.pruner is None:
         return f"left dense: {question.why_no_pruner}"
     return None
+
+
+def _no_gain(question: Question, plan: Plan, layer: LinearLayer) -> str | None:
+    """Return why 2:4 makes a layer no faster, by what was measured, else by the target's table; None where it does."""
+    times = _measured_us(question, plan, layer.name)
+    if times is None:
+        return does_not_pay(layer, question.target, "2:4")
+    assert question.gpu_timings is not None
+    dense, halved = times
+    if halved <= (1 - _GAIN) * dense:
+        return None
+    return f"2:4 makes this layer no faster (measured on {question.gpu_timings.device})"
 
 
 def _prune(question: Question, plan: Plan, names: Collection[str], asked: str) -> Pruning:
@@ -157,7 +170,10 @@ def _share(question: Question, masks: dict[str, NDArray[np.bool_]]) -> None:
 
 
 def _saving(question: Question, plan: Plan, name: str) -> float:
-    """Return the microseconds that 2:4 saves a layer at the opt shapes, by the target's cost model: an estimate."""
+    """Return the microseconds that 2:4 saves a layer at the opt shapes: measured, else estimated by the cost model."""
+    times = _measured_us(question, plan, name)
+    if times is not None:
+        return times[0] - times[1]
     layer = plan.layer(name)
 
     def time_us(pattern: str) -> float:
@@ -173,6 +189,27 @@ def _saving(question: Question, plan: Plan, name: str) -> float:
         )
 
     return time_us("dense") - time_us("2:4")
+
+
+def _measured_us(question: Question, plan: Plan, name: str) -> tuple[float, float] | None:
+    """Return what a layer takes dense and with 2:4 zeros, in its element type, µs; None where that was not measured."""
+    if question.gpu_timings is None:
+        return None
+    times, dtype = question.gpu_timings.at(name, 1.0), plan.layer(name).precision.dtype
+    if f"two_four {dtype}" not in times:
+        return None
+    return times[f"matmul {dtype}"], times[f"two_four {dtype}"]
+
+
+def _saved_words(question: Question, plan: Plan, saved: float) -> str:
+    if question.gpu_timings is not None:
+        return f"measured to save {saved:.3g} µs on {question.gpu_timings.device}"
+    words = f"estimated to save {saved:.3g} µs" if saved > 0 else "no saving by the cost model"
+    return f"{words} on {plan.target}"
+
+
+def _by_what(question: Question) -> str:
+    return "" if question.gpu_timings is not None else " by the target's table"
 
 
 def _enough_for_flops(question: Question, plan: Plan, order: Collection[str]) -> int:
