@@ -219,6 +219,14 @@ def test_load_library_finds_it_unregistered(driver_path: Path, plugin: Path) -> 
     assert told == "BlockSparseLinear 1 lsp\ntaken back\n"
 
 
+@needs_headers
+@needs_cmake
+def test_without_tensorrt_it_says_that_it_is_not_registered(plugin: Path) -> None:
+    command = [sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(plugin)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "opened before TensorRT was loaded" in said
+
+
 def told_registry(driver: Path, plugin: Path, *, version: int, loads: bool) -> str:
     """Open the plugin in a process of its own."""
     script = (

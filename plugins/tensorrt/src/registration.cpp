@@ -24,7 +24,11 @@ nvinfer1::IPluginRegistry* registry() {
 
 // Under the creator's own namespace: the macro REGISTER_TENSORRT_PLUGIN says "", under which nothing would find it. The
 // library is linked with nodelete, so that what the registry points to stays.
-bool registered = registry() != nullptr && registry()->registerCreator(creator(), NAMESPACE);
+bool registered = [] {
+  if (loaded_symbol("getPluginRegistry") == nullptr)
+    log_error("it was opened before TensorRT was loaded, so TensorRT does not know it; open it afterwards");
+  return registry() != nullptr && registry()->registerCreator(creator(), NAMESPACE);
+}();
 
 // loadLibrary opens the library, which registers itself, and then refuses creators that are there already.
 void leave_it_to_load_library() {
