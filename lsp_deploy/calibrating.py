@@ -86,7 +86,10 @@ def calibrate_target(
     from lsp_deploy.steps.gpu_timing import engine_timer
 
     target = load_target(name)
-    _check(target, output, plugins, force=force)
+    _check_target(target)
+    if timer is None:
+        _check_gpu(target)
+    _check_files(output, plugins, force=force)
     timer = timer or engine_timer(target, plugins)
     has_two_four = target.peak[target.compute_type].sparse24 is not None
     layers = []
@@ -116,7 +119,7 @@ def calibration_table(calibration: Calibration) -> Table:
     return table
 
 
-def _check(target: Target, output: Path, plugins: Sequence[Path], *, force: bool) -> None:
+def _check_target(target: Target) -> None:
     if target.kind == "cpu":
         raise UserError(f"{target.name} needs no calibration: compress measures every layer on the CPU that is here")
     why_not = gpu_too_old(target)
@@ -124,6 +127,21 @@ def _check(target: Target, output: Path, plugins: Sequence[Path], *, force: bool
         why_not = "computes in fp16, bf16 and int8 on a GPU"
     if why_not is not None:
         raise UserError(f"{target.name} has nothing to calibrate: lsp::BlockSparseLinear {why_not}")
+
+
+def _check_gpu(target: Target) -> None:
+    from lsp_deploy.engines.tensorrt_common.gpu import first_gpu
+
+    gpu = first_gpu()
+    if gpu is None or gpu.compute_capability != target.compute_capability:
+        here = "has no NVIDIA GPU" if gpu is None else f"has a {gpu.name}, {gpu.compute_capability}"
+        raise UserError(
+            f"calibrate-target measures on the GPU itself: {target.title} has compute capability "
+            f"{target.compute_capability}, and this machine {here}; run it there"
+        )
+
+
+def _check_files(output: Path, plugins: Sequence[Path], *, force: bool) -> None:
     if output.suffix != ".toml":
         raise UserError(f"{output} would not be found as a target file; let its name end with .toml")
     if output.exists() and not force:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lsp_deploy import calibrating
 from lsp_deploy.calibrating import Calibration, calibrate_target, calibration_table
 from lsp_deploy.cli import app
+from lsp_deploy.engines.tensorrt_common.gpu import Gpu
 from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.cpu_timings import LinearShape
 from lsp_deploy.hardware.gpu_timings import GPU_DENSITIES
@@ -131,10 +132,19 @@ def test_a_plugin_is_needed(plugin: Path) -> None:
         calibrate_target("a100", plugin.with_name("x.toml"), [Path("nowhere.so")], timer=MadeUpTimer())
 
 
-def test_a_machine_without_the_gpu_is_an_error_of_one_line(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsp_deploy.engines.tensorrt.backend.first_gpu", lambda: None)
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [
+        (None, r"H100 80GB SXM has compute capability 9\.0, and this machine has no NVIDIA GPU; run it there"),
+        (Gpu("NVIDIA L4", "8.9", 58), r"this machine has a NVIDIA L4, 8\.9; run it there"),
+    ],
+)
+def test_a_machine_without_the_gpu_is_an_error_of_one_line(
+    plugin: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, words: str
+) -> None:
+    monkeypatch.setattr("lsp_deploy.engines.tensorrt_common.gpu.first_gpu", lambda: gpu)
     output = plugin.with_name("x.toml")
-    with pytest.raises(UserError, match=r"h100 is not here: tensorrt: .*NVIDIA GPU of compute capability 9\.0"):
+    with pytest.raises(UserError, match=words):
         calibrate_target("h100", output, [plugin])
     assert not output.exists()
 
