@@ -71,7 +71,7 @@ class Recipe(BaseModel):
     )
     sparsity: Literal["auto", "none", "2:4", "block"] = Field(
         "auto",
-        description="Zeros. auto: 2:4 layer by layer, or blocks on cpu, where they pay and the budget allows.",
+        description="Zeros. auto: 2:4 layer by layer, or blocks, where they pay and the budget allows.",
     )
     block: str | None = Field(
         None, description="Block shape block_k x block_n on W [K, N], for --sparsity block.  [default: 32x32]"
