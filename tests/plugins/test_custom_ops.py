@@ -276,6 +276,7 @@ def test_a_malformed_linear_is_refused_by_name(session, change, reason):
 @pytest.mark.parametrize(("change", "reason"), [
     (attribute("num_heads", None), "attribute num_heads is missing or no integer"),
     (attribute("num_heads", ir.AttrInt64("num_heads", 0)), "num_heads is 0"),
+    (attribute("num_heads", ir.AttrInt64("num_heads", 2**62)), "num_heads is 4611686018427387904"),
     (attribute("num_heads", ir.AttrInt64("num_heads", 5)), "the last size of its first input is 24, no multiple of 15"),
     (attribute("scale", ir.AttrInt64("scale", 1)), "attribute scale is missing or no float"),
     (attribute("scale", ir.AttrFloat32("scale", float("inf"))), "scale"),

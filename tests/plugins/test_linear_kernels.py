@@ -185,6 +185,15 @@ def test_activations_over_their_whole_range(kernels: ctypes.CDLL, isa: str, acti
     np.testing.assert_allclose(linear(x), expected, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu"])
+def test_what_is_no_number_stays_none(kernels: ctypes.CDLL, isa: str, activation: str) -> None:
+    x = np.zeros((2, 40), np.float32)
+    x[1, 3] = np.nan
+    y = a_layer(kernels, activation=activation, isa=isa)(x)
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1, :16]).all()
+
+
 @pytest.mark.parametrize("type_name", [*FLOATS, "int8"])
 def test_large_layers_are_divided_over_threads(kernels: ctypes.CDLL, type_name: str) -> None:
     """Several parts, row groups and panel groups, with ragged edges: the same result as on one thread, bit for bit."""
@@ -218,6 +227,11 @@ def a_layer(kernels: ctypes.CDLL, **changes: object) -> Linear:
     return Linear(kernels, **{**description, **changes})
 
 
+# As much as a file of 3 MB can ask for.
+HUGE_GRID = {
+    "K": 2**24, "N": 2**18, "block": (1, 2**18), "col_ptr": np.zeros(2, np.int64), "k_idx": np.zeros(0, np.int64),
+    "values": np.zeros((1, 1, 2**18), np.float32),
+}  # fmt: skip
 INT8_VALUES = {"values": np.ones((3, 16, 16), np.int8)}
 
 
@@ -228,6 +242,7 @@ INT8_VALUES = {"values": np.ones((3, 16, 16), np.int8)}
         ({"N": -3}, "N is -3"),
         ({"block": (0, 16)}, "block_k is 0"),
         ({"block": (16, 2**40)}, "block_n is 1099511627776"),
+        (HUGE_GRID, "is too large for one layer"),
         ({"K": 32}, "k_idx[1] is 2, not within 0 to 1"),
         ({"N": 33}, "col_ptr has 3 entries, not 4"),
         ({"col_ptr": np.array([0, 3])}, "col_ptr has 2 entries, not 3"),

@@ -10,6 +10,8 @@ namespace {
 
 // Sizes stay far from the limits of 32-bit indices, and of memory.
 constexpr int64_t kMaxSize = int64_t{1} << 24;
+// A small file can ask for a huge grid without blocks, and packing looks at every place in it.
+constexpr int64_t kMaxEntries = int64_t{1} << 28;
 // -128 * -128 * K must fit an int32.
 constexpr int64_t kMaxInt8K = ((int64_t{1} << 31) - 1) / (128 * 128);
 
@@ -23,6 +25,12 @@ const char* check_sizes(const lsp_linear_desc& desc) {
   if (const char* why = check_size("N", desc.N)) return why;
   if (const char* why = check_size("block_k", desc.block_k)) return why;
   if (const char* why = check_size("block_n", desc.block_n)) return why;
+  const int64_t rows = (desc.K + desc.block_k - 1) / desc.block_k * desc.block_k;
+  const int64_t columns = (desc.N + desc.block_n - 1) / desc.block_n * desc.block_n;
+  if (rows * columns > kMaxEntries) {
+    return error("a weight of %" PRId64 " x %" PRId64 ", with what fills up its blocks, is too large for one layer",
+                 desc.K, desc.N);
+  }
   if (desc.values_type == LSP_INT8 && desc.K > kMaxInt8K) {
     return error("K is %" PRId64 "; int8 sums fit 32 bits up to %" PRId64, desc.K, kMaxInt8K);
   }

@@ -41,7 +41,7 @@ typename V::Float tanh(typename V::Float z) {
 
 template <class V, lsp_activation ACTIVATION>
 typename V::Float activate(typename V::Float x) {
-  if constexpr (ACTIVATION == LSP_RELU) return V::max(x, V::broadcast(0.0F));
+  if constexpr (ACTIVATION == LSP_RELU) return V::max(V::broadcast(0.0F), x);  // NaN stays NaN
   if constexpr (ACTIVATION == LSP_GELU || ACTIVATION == LSP_GELU_TANH) {
     const typename V::Float half = V::mul(x, V::broadcast(0.5F));
     typename V::Float odd;

@@ -18,6 +18,8 @@ namespace {
 using AttentionKernel = std::unique_ptr<lsp_attention, void (*)(lsp_attention*)>;
 using Shape = std::vector<int64_t>;
 
+constexpr int64_t kMaxHeads = int64_t{1} << 24;  // far from where products of sizes overflow
+
 // Where q, k and v lie, and how many rows and columns they have.
 struct Operands {
   lsp_rows q, k, v;
@@ -144,7 +146,7 @@ struct Attention : CustomOp {
                      " or, with a bias, one more");
     lsp_attention_desc desc{};
     desc.heads = node.integer("num_heads");
-    node.require(desc.heads > 0, "num_heads is " + std::to_string(desc.heads));
+    node.require(desc.heads > 0 && desc.heads <= kMaxHeads, "num_heads is " + std::to_string(desc.heads));
     desc.scale = node.real("scale");
     desc.compute = compute_of(node);
     const Shape shape = node.input_type(0).shape;
