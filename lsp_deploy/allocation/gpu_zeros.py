@@ -28,7 +28,7 @@ __all__ = ["add_gpu_zeros"]
 # Of the linear layers' time: below that, `auto` keeps what the engine runs by itself. The cost model's ratios are off
 # by up to a fifth, and it does not know what an engine fuses with its own kernels.
 _WORTH_MEASURED, _WORTH_ESTIMATED = 0.03, 0.15
-_FEWEST = 0.25  # of the blocks, in all layers at once: with fewer no network keeps its accuracy without training
+_FEWEST = 0.25  # of the blocks, in all layers at once: far below what a usual loss budget leaves
 
 
 def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, Pruning | None]:
@@ -57,8 +57,10 @@ def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, 
         few = f"zero blocks within {budget:g} points of loss are too few to save {worth:.0%} of the time"
         return _without_blocks(halved, few, question), found
     if blocks_us > wanted_us:
-        saved = f"zero blocks would leave {blocks_us / dense_us:.0%} of the time, more than 2:4 or too little less"
-        return _without_blocks(halved, saved, question), found
+        least = (
+            f"zero blocks leave {blocks_us / dense_us:.0%} of the time, {wanted_us / dense_us:.0%} would be worth it"
+        )
+        return _without_blocks(halved, least, question), found
     return blocks, pruning
 
 
@@ -73,7 +75,7 @@ def _may_have_blocks(question: Question) -> bool:
 
 
 def _least_us(question: Question, plan: Plan) -> float:
-    """Return what the layers would take with as few blocks as can be: a bound that no mask is below."""
+    """Return what the layers would take with as few blocks as a search may hope for."""
     sparse = plan.branch()
     shape = question.recipe.block_shape
     for layer, of_model in zip(sparse.layers, question.layers, strict=True):
