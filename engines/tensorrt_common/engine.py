@@ -157,7 +157,12 @@ class TensorRtEngine:
         self._prepared = _Prepared(shapes, {})
         for name, spec in (self.inputs | self.outputs).items():
             size = int(np.prod(shapes[name], dtype=np.int64)) * spec.dtype.itemsize
-            address = self._prepared.addresses[name] = self._cuda.allocate(size)
+            try:
+                address = self._prepared.addresses[name] = self._cuda.allocate(size)
+            except CudaError as error:
+                self._release()
+                text = "x".join(map(str, shapes[name]))
+                raise UserError(f"{self._label}: the GPU has no memory for {name} of shape {text}: {error}") from None
             self._context.set_tensor_address(name, address)
         return self._prepared
 

@@ -173,6 +173,19 @@ def test_answers_are_those_of_onnx_runtime(make_model, x: np.ndarray, cuda, kind
     assert (cuda.memory, cuda.handles) == ({}, {})
 
 
+def test_a_gpu_that_is_full_is_a_sentence_and_leaves_nothing(make_model, x: np.ndarray, cuda, machine):
+    model = make_model()
+    engine, _ = build(model)
+    with TensorRtBackend().load(engine) as loaded:
+        machine.setattr(cuda, "capacity", x.nbytes)  # enough for x, not for y
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"e.engine: the GPU has no memory for y of shape 3x4x96: cudaMalloc"):
+                loaded.run({"x": x})
+            assert cuda.memory == {}
+        machine.setattr(cuda, "capacity", 2 * (x.nbytes + 3 * 4 * 96 * 4))
+        np.testing.assert_allclose(loaded.run({"x": x})["y"], reference(model, x), rtol=1e-5, atol=1e-5)
+
+
 def test_without_a_graph_it_runs_and_says_so(make_model, x: np.ndarray, cuda):
     cuda.refuse.add("cudaStreamBeginCapture")
     model = make_model()

@@ -1,6 +1,7 @@
 """CUDA's runtime as cuda-python has it, on the host: memory, one stream, graphs and events, all of them counted.
 
-`refuse` names functions that fail. Inside a capture only kernels may be put into the stream, as on a GPU.
+`refuse` names functions that fail, and there are `capacity` bytes. Inside a capture only kernels may be put into the
+stream, as on a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 class cudaError_t(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
     cudaErrorStreamCaptureUnsupported = 900
 
 
@@ -32,6 +34,7 @@ OK = cudaError_t.cudaSuccess
 memory: dict[int, Any] = {}
 handles: dict[int, Any] = {}
 refuse: set[str] = set()
+capacity = 1 << 30
 launches = {"kernel": 0, "graph": 0}
 _numbers = itertools.count(1)
 _capture: list[Callable[[], None]] | None = None
@@ -58,6 +61,8 @@ def _drop(number: int) -> tuple[cudaError_t]:
 
 
 def cudaMalloc(size: int) -> tuple[cudaError_t, int]:
+    if size + sum(map(len, memory.values())) > capacity:
+        return cudaError_t.cudaErrorMemoryAllocation, 0
     buffer = ctypes.create_string_buffer(size)
     memory[ctypes.addressof(buffer)] = buffer
     return OK, ctypes.addressof(buffer)
