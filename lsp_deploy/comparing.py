@@ -135,7 +135,7 @@ def profile_model(
     Args:
         model: ONNX file, or a built engine.
         target: name of the device that runs it: cpu, or the GPU of this machine.
-        batches: batch sizes; None: the model's own, or 1 and 8.
+        batches: batch sizes; None: the model's own, or 1 and 8, of an engine 1.
         shapes: of its inputs, for what the model leaves open.
         threads: CPU threads.
         duration: seconds of measuring; with a power meter three of its windows at least.
@@ -159,6 +159,8 @@ def profile_model(
     sizes = batches or (_default_batches(loaded) if loaded is not None else (1,))
     with _engines(paths, models, runs_on, shapes, sizes, threads, plugins) as engines:
         (engine,) = engines.values()
+        if loaded is None and not batches:
+            sizes = (_own_batch(engine),)
         dataset = open_dataset(
             "random",
             shapes=engine_shapes(engine, shapes) if loaded is None else resolve_shapes(loaded, shapes, batch=1),
@@ -230,6 +232,12 @@ def _default_batches(model: ir.Model) -> Sequence[int]:
 
     batch = next(iter(input_shapes(model).values()))[0]
     return (batch,) if isinstance(batch, int) else DEFAULT_BATCHES
+
+
+def _own_batch(engine: Engine) -> int:
+    """Return the batch size that an engine is built for, 1 where it takes several."""
+    batch = next(iter(engine.inputs.values())).shape[:1]
+    return batch[0] if batch and isinstance(batch[0], int) else 1
 
 
 @contextmanager

@@ -75,6 +75,17 @@ def test_an_engine_file_is_profiled_as_it_is(make_model, target: str):
         answer("profile", str(engine), "--target", target, "--no-power")
 
 
+def test_an_engine_of_one_batch_is_profiled_at_it(make_model, target: str, tmp_path: Path):
+    for builder, of, options in (
+        (TensorRtBackend(), "a100", ("--target", target)),
+        (OnnxRuntimeBackend(), "cpu", ()),
+    ):
+        engine = tmp_path / f"{of}.engine"
+        builder.build(make_model(batch=2), engine, load_target(of), BuildOptions(opt_shapes={"x": (2, 4, 64)}))
+        (one,) = answer("profile", str(engine), *options, "--no-power")["profiles"]
+        assert one["batch"] == 2
+
+
 def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str):
     model = str(make_model(name="dense.onnx"))
     compressed = str(make_model("int8", name="small.onnx"))
