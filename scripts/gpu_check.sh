@@ -25,11 +25,17 @@ cmake --build "$tree/build" -j4 >> "$out/build.log"
 library=$tree/build/liblsp_cuda.so
 
 "$python" "$root/benchmarks/gpu_kernel.py" "$library" --check-only | tee "$out/check.log"
+found=0
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
+        status=0
         timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=block_sparse_linear \
-            "$python" "$root/benchmarks/gpu_kernel.py" "$library" --check-only --check-every 50 > "$out/$tool.log" 2>&1 &&
-            echo "$tool: nothing found" || echo "$tool: status $?, see $out/$tool.log"
+            "$python" "$root/benchmarks/gpu_kernel.py" "$library" --check-only --check-every 50 > "$out/$tool.log" 2>&1 || status=$?
+        case $status in
+            0) echo "$tool: nothing found" ;;
+            9) echo "$tool: FOUND something, see $out/$tool.log" && found=1 ;;
+            *) echo "$tool: did not run to its end (status $status), see $out/$tool.log" ;;
+        esac
     done
 else
     echo "compute-sanitizer is not there: races and bounds were not looked for"
@@ -41,3 +47,4 @@ if "$python" -I -c 'import lsp_deploy, tensorrt; from cuda.bindings import runti
 else
     echo "lsp-deploy[tensorrt] is not installed in $python: no engine was built and run"
 fi
+exit $found
