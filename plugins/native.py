@@ -54,12 +54,18 @@ def register(session_options: Any) -> None:
     Call it once the options have their number of threads, which the operators are told.
 
     Raises:
-        UserError: the library is missing.
+        UserError: the library is missing, or cannot be loaded.
     """
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail  # type: ignore[import-untyped, unused-ignore]
+
     found = library()
     if found.path is None:
         raise UserError(f"the native operators for ONNX Runtime are missing: {found.why}")
-    session_options.register_custom_ops_library(os.fspath(found.path))
+    try:
+        session_options.register_custom_ops_library(os.fspath(found.path))
+    except Fail as error:
+        reason = " ".join(str(error).rpartition("FAIL : ")[2].split())
+        raise UserError(f"{reason}; install lsp-deploy again, on this machine") from None
     threads = session_options.intra_op_num_threads
     if threads > 0:
         session_options.add_session_config_entry(_THREADS_ENTRY, str(threads))

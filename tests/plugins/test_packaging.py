@@ -68,6 +68,14 @@ def test_a_session_is_told_its_threads():
     assert options.get_session_config_entry("lsp.threads") == "3"
 
 
+def test_a_library_that_cannot_be_loaded_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "liblsp_ort.so").write_text("of another machine")
+    monkeypatch.setattr(lsp_deploy.plugins, "__path__", [str(tmp_path)])
+    with pytest.raises(UserError, match=r"^Failed to load library .*liblsp_ort\.so.*; install lsp-deploy") as raised:
+        register(ort.SessionOptions())
+    assert "\n" not in str(raised.value)
+
+
 def test_engines_run_the_operators(attention_model):
     x = np.random.default_rng(0).standard_normal((2, 5, 24)).astype(np.float32)
     with OnnxRuntimeEngine.from_model(attention_model, threads=1) as engine:
