@@ -28,7 +28,7 @@ __all__ = ["add_gpu_zeros"]
 # Of the linear layers' time: below that, `auto` keeps what the engine runs by itself. The cost model's ratios are off
 # by up to a fifth, and it does not know what an engine fuses with its own kernels.
 _WORTH_MEASURED, _WORTH_ESTIMATED = 0.03, 0.15
-_FEWEST = 0.25  # of the blocks, in all layers at once: far below what a usual loss budget leaves
+_FEWEST = 0.1  # of the blocks, in all layers at once: about what the embedded network, an easy one, can do with
 
 
 def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, Pruning | None]:
