@@ -224,8 +224,9 @@ def _check_blocks(operator: BlockSparseLinear) -> None:
     rows, columns = operator.grid
     if len(operator.col_ptr) != columns + 1:
         raise ValueError(f"col_ptr has {len(operator.col_ptr)} entries, {columns} block columns need {columns + 1}")
-    counts = np.diff(operator.col_ptr)
-    if operator.col_ptr[0] != 0 or (counts < 0).any() or operator.col_ptr[-1] != operator.blocks:
+    begins = np.asarray(operator.col_ptr, np.int64)
+    # Compared, not subtracted: differences of untrusted numbers wrap around.
+    if begins[0] != 0 or (begins[1:] < begins[:-1]).any() or begins[-1] != operator.blocks:
         raise ValueError(f"col_ptr does not ascend from 0 to the {operator.blocks} entries of k_idx")
     if not operator.blocks:
         return
@@ -233,8 +234,8 @@ def _check_blocks(operator: BlockSparseLinear) -> None:
     if k_idx.min() < 0 or k_idx.max() >= rows:
         raise ValueError(f"k_idx is not within the {rows} block rows")
     ascends = np.diff(k_idx) > 0
-    begins = np.diff(operator.n_idx) > 0
-    if not (ascends | begins).all():
+    changes_column = np.diff(operator.n_idx) > 0
+    if not (ascends | changes_column).all():
         raise ValueError("k_idx does not ascend within every block column")
 
 

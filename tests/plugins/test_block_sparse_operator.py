@@ -54,6 +54,12 @@ def test_scales_are_those_of_a_file():
     assert operator.x_scale == float(np.float32(0.1))
 
 
+def test_col_ptr_whose_differences_wrap_around_is_refused():
+    wraps = (0, 2**63 - 1, -2, 3)
+    with pytest.raises(ValueError, match="col_ptr does not ascend from 0 to the 3 entries"):
+        BlockSparseLinear(K=32, N=48, block_k=16, block_n=16, col_ptr=wraps, k_idx=(0, 0, 1))
+
+
 @pytest.mark.parametrize(
     ("attribute", "message"),
     [
