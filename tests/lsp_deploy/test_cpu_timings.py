@@ -71,6 +71,8 @@ def test_stock_operators_stand_in_only_where_the_operator_is_missing() -> None:
     stock = times(matmul_fp32={1.0: 100.0}, gather_fp32={1.0: 120.0, 0.5: 60.0})
     assert stock.fastest("fp32", 1.0) == "matmul fp32"
     assert stock.fastest("fp32", 0.5) == "gather fp32"
+    lucky = times(matmul_fp32={1.0: 100.0}, gather_fp32={1.0: 99.0, 0.5: 60.0})
+    assert lucky.fastest("fp32") == "matmul fp32"
     assert "gather fp32" not in FULL.usable()
 
 
