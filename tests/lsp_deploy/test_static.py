@@ -26,7 +26,11 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"lsp_deploy": "lsp_deploy", "passes": "lsp_deploy/passes", "engines": "lsp_deploy/engines"}
 FOLDERS |= {"plugins": "lsp_deploy/plugins"}
-MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+# Scripts that a bundle carries run on a device, beside other files and without lsp-deploy: they are not modules of it.
+ON_DEVICE = ROOT / "lsp_deploy" / "bundle" / "on_device"
+MODULES = sorted(
+    path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if not path.is_relative_to(ON_DEVICE)
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = ("torch", "timm", "tensorrt_rtx", "tensorrt", "onnxruntime", "onnx", "onnx_ir", "onnxscript", "matplotlib")
 HEAVY += ("PIL", "polygraphy", "numpy", "jinja2")
