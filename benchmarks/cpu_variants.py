@@ -219,9 +219,7 @@ class Network:
         path = self.work / f"{self.name}, {name}.onnx"
         if not path.exists():
             prepared = self.prepared
-            model = apply_plan(
-                prepared.canonical, plan(), prepared.original_io, prepared.shapes.opt, kind="cpu"
-            ).model
+            model = apply_plan(prepared.canonical, plan(), prepared.original_io, prepared.shapes.opt, kind="cpu").model
             if lower:
                 LowerOperatorsPass("gather")(model)
             save_model(model, path)

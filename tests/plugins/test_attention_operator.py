@@ -1,4 +1,4 @@
-"""lsp::Attention as a node: what is valid, what is refused, and its form in standard operators against the reference."""
+"""lsp::Attention as a node: what is valid, what is refused, and its standard operators against the reference."""
 
 from __future__ import annotations
 
