@@ -1,12 +1,10 @@
-"""The command line: one verb, one short function; nothing but argument handling.
+"""The command line: one verb, one short function; nothing but argument handling. Verbs of engines: cli_engines.py.
 
 Heavy modules are imported inside the verbs, so that `lsp-deploy --help` answers at once.
 """
 
 from __future__ import annotations
 
-import json as json_format
-import os
 import shlex
 import sys
 from enum import Enum
@@ -15,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lsp_deploy import __version__, console
+from lsp_deploy import __version__, cli_engines, console
+from lsp_deploy.cli_options import JsonOption, ModelArgument, PluginOption, ShapesOption, available_cores, shapes_of
 from lsp_deploy.errors import CheckFailedError, UserError
 from lsp_deploy.recipe_flags import with_recipe_flags
 
@@ -41,32 +40,6 @@ app = typer.Typer(
     },
 )
 
-ModelArgument = Annotated[Path, typer.Argument(help="ONNX file.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
-ShapesOption = Annotated[str | None, typer.Option("--shapes", help="Input shapes, as x:1x3x224x224.")]
-RateOption = Annotated[
-    float | None,
-    typer.Option("--rate", min=0.01, help="Requests a second, at fixed moments.  [default: back-to-back]"),
-]
-TargetOption = Annotated[
-    str, typer.Option("--target", help="Target's name or TOML file; `lsp-deploy targets` lists them.")
-]
-MinShapesOption = Annotated[
-    str | None, typer.Option("--min-shapes", help="Smallest input shapes.  [default: those of compress, or batch 1]")
-]
-OptShapesOption = Annotated[
-    str | None, typer.Option("--opt-shapes", help="Shapes to tune for.  [default: those of compress, or batch 8]")
-]
-MaxShapesOption = Annotated[
-    str | None, typer.Option("--max-shapes", help="Largest input shapes.  [default: those of compress, or batch 32]")
-]
-PluginOption = Annotated[
-    list[Path] | None, typer.Option("--plugin", help="Plugin library of a GPU's engine; repeat for several.")
-]
-PowerOption = Annotated[
-    bool | None, typer.Option("--power/--no-power", help="Measure power and energy.  [default: where there is a meter]")
-]
-
 
 class Exporter(str, Enum):
     """PyTorch's two ways to ONNX."""
@@ -89,22 +62,6 @@ class Objective(str, Enum):
     TOP1 = "top1"
     PSEUDO = "pseudo"
     OUTPUT = "output"
-
-
-class Builder(str, Enum):
-    """What builds engines."""
-
-    TENSORRT_RTX = "tensorrt_rtx"
-    TENSORRT = "tensorrt"
-    ONNXRUNTIME = "onnxruntime"
-
-
-class Compatibility(str, Enum):
-    """Which other GPUs may run an engine of TensorRT."""
-
-    NONE = "none"
-    AMPERE_PLUS = "ampere-plus"
-    SAME = "same-compute-capability"
 
 
 class Device(str, Enum):
@@ -183,7 +140,7 @@ def compress(
     if dry_run:
         decided, pruning = plan_only(model, merged, options)
         if json:
-            _print_json(decided.model_dump(mode="json"))
+            console.print_json(decided.model_dump(mode="json"))
         else:
             from lsp_deploy.reporting.plan_table import plan_table
 
@@ -217,7 +174,7 @@ def demo(
     console.say(f"copied the demo to {output}; the command is: lsp-deploy {command}")
     if copy_only:
         if json:
-            _print_json({"model": str(model)})
+            console.print_json({"model": str(model)})
         return
     options = RunOptions(output=output / f"{model.stem}-a100", threads=available_cores(), command=command)
     outcome = run(model, merge_recipe({"target": "a100"}, None, model), options)
@@ -232,101 +189,17 @@ def inspect(model: ModelArgument, shapes: ShapesOption = None, json: JsonOption 
     from lsp_deploy.inspection import inspect_model, inspection_table
 
     console.configure(json=json)
-    inspection = inspect_model(model, _shapes(shapes))
+    inspection = inspect_model(model, shapes_of(shapes))
     if json:
-        _print_json(inspection.to_json())
+        console.print_json(inspection.to_json())
     else:
         for renderable in inspection_table(inspection):
             console.show(renderable)
 
 
-@app.command()
-def profile(
-    model: ModelArgument,
-    target: Annotated[str, typer.Option("--target", help="Device to run on: cpu, or the GPU that is here.")] = "cpu",
-    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeat for several.")] = None,
-    shapes: ShapesOption = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
-    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of measuring a batch size.")] = 3.0,
-    warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Seconds of warm-up a batch size.")] = 0.5,
-    plugin: PluginOption = None,
-    rate: RateOption = None,
-    power: PowerOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Measure MODEL's latency, throughput and power on this machine."""
-    from lsp_deploy.comparing import profile_model, profile_table
-    from lsp_deploy.power_tables import power_tables
-
-    console.configure(json=json)
-    result = profile_model(
-        model,
-        target,
-        batches=batch,
-        shapes=_shapes(shapes),
-        threads=jobs or available_cores(),
-        duration=duration,
-        warm_up=warm_up,
-        plugins=plugin or (),
-        rate_per_s=rate,
-        power=power,
-    )
-    if json:
-        _print_json({"profiles": [one.model_dump(mode="json") for one in result]})
-    else:
-        for renderable in (profile_table(result), *power_tables(result)):
-            console.show(renderable)
-
-
-@app.command()
-def compare(
-    dense: Annotated[Path, typer.Argument(help="ONNX file to compare with.", show_default=False)],
-    compressed: Annotated[Path, typer.Argument(help="ONNX file to judge.", show_default=False)],
-    data: Annotated[
-        str, typer.Option("--data", help="Images or arrays to compare on; or synthetic, random.")
-    ] = "synthetic",
-    labels: Annotated[str | None, typer.Option("--labels", help="CSV with filename,class_index.")] = None,
-    label_column: Annotated[str | None, typer.Option("--label-column", help="Column instead of class_index.")] = None,
-    preprocess: Annotated[str | None, typer.Option("--preprocess", help="Preset or TOML file.")] = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Images to use.  [default: all]")] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Batch size to time.  [default: 1, 8]")
-    ] = None,
-    target: Annotated[str, typer.Option("--target", help="Device to run on: cpu, or the GPU that is here.")] = "cpu",
-    shapes: ShapesOption = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Also measure the SQNR of every linear layer.")] = False,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Threads.  [default: all cores]")] = None,
-    plugin: PluginOption = None,
-    rate: RateOption = None,
-    power: PowerOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Compare two models: fidelity on images, latency and power in one run."""
-    from lsp_deploy.comparing import compare_models, comparison_tables
-
-    console.configure(json=json)
-    result = compare_models(
-        dense,
-        compressed,
-        data=data,
-        labels=labels,
-        label_column=label_column,
-        preprocess=preprocess,
-        samples=samples,
-        batches=batch,
-        shapes=_shapes(shapes),
-        layers=layers,
-        threads=jobs or available_cores(),
-        target=target,
-        plugins=plugin or (),
-        rate_per_s=rate,
-        power=power,
-    )
-    if json:
-        _print_json(result.model_dump(mode="json"))
-    else:
-        for table in comparison_tables(result):
-            console.show(table)
+for _verb in (cli_engines.profile, cli_engines.compare, cli_engines.build, cli_engines.bundle):
+    app.command()(_verb)
+app.command("calibrate-target")(cli_engines.calibrate_target)
 
 
 @app.command()
@@ -376,7 +249,7 @@ def sensitivity(
         preprocess=preprocess,
         samples=samples,
         seed=seed,
-        shapes=_shapes(shapes),
+        shapes=shapes_of(shapes),
         kappa=kappa,
         batch=batch,
         device=device.value,
@@ -387,7 +260,7 @@ def sensitivity(
     if result is None:  # not the first process of torchrun
         return
     if json:
-        _print_json(result)
+        console.print_json(result)
     else:
         console.show(sensitivity_table(result))
 
@@ -409,99 +282,7 @@ def lower(
     counts = ", ".join(f"{count} {name}" for name, count in replaced.items())
     console.say(f"{output}: {counts or 'no operators of ours'} replaced by stock ONNX operators")
     if json:
-        _print_json({"output": str(output), "form": form.value, "replaced": replaced})
-
-
-@app.command()
-def build(
-    model: Annotated[Path, typer.Argument(help="ONNX file, or output folder of compress.", show_default=False)],
-    target: TargetOption,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Engine to write.  [default: in the output folder, or where you are]"),
-    ] = None,
-    builder: Annotated[
-        Builder | None, typer.Option("--builder", help="Builder to use.  [default: the first of the target's]")
-    ] = None,
-    min_shapes: MinShapesOption = None,
-    opt_shapes: OptShapesOption = None,
-    max_shapes: MaxShapesOption = None,
-    sparse_weights: Annotated[
-        bool | None,
-        typer.Option("--sparse-weights/--no-sparse-weights", help="2:4 kernels.  [default: where a weight is 2:4]"),
-    ] = None,
-    workspace_mb: Annotated[int | None, typer.Option("--workspace-mb", min=1, help="Builder's memory, MiB.")] = None,
-    optimization_level: Annotated[
-        int | None, typer.Option("--optimization-level", min=0, max=5, help="TensorRT's.  [default: its own]")
-    ] = None,
-    timing_cache: Annotated[
-        Path | None, typer.Option("--timing-cache", help="File of TensorRT's kernel timings, read and written.")
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="Plugin library to put into the engine; repeat for several.")
-    ] = None,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Let later TensorRT releases run the engine.")
-    ] = False,
-    hardware_compatible: Annotated[
-        Compatibility, typer.Option("--hardware-compatible", help="Which other GPUs may run the engine.")
-    ] = Compatibility.NONE,
-    refittable: Annotated[bool, typer.Option("--refittable", help="Let other weights be put in later.")] = False,
-    strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="Leave the weights out; they come from MODEL again.")
-    ] = False,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that a build may take.")] = 3600.0,
-    json: JsonOption = False,
-) -> None:
-    """Build MODEL's engine for a target, or say what to run where; exits 1 where there is no engine."""
-    from lsp_deploy.building import BuildRequest, build_model, built_json, built_lines
-    from lsp_deploy.engines.protocol import BuildOptions
-
-    console.configure(json=json)
-    options = BuildOptions(
-        workspace_mb=workspace_mb,
-        optimization_level=optimization_level,
-        timing_cache=timing_cache,
-        plugins=tuple(plugin or ()),
-        version_compatible=version_compatible,
-        hardware_compatibility=hardware_compatible.value,
-        refittable=refittable,
-        strip_weights=strip_weights,
-        timeout_seconds=timeout,
-    )
-    shapes = {"min_shapes": min_shapes, "opt_shapes": opt_shapes, "max_shapes": max_shapes}
-    named = None if builder is None else builder.value
-    built = build_model(model, BuildRequest(target, output, named, shapes, sparse_weights, options))
-    for warning in built.info.warnings if built.info is not None else ():
-        console.warn(warning)
-    for line in built_lines(built, model, target):
-        console.say(line)
-    if json:
-        _print_json(built_json(built, target))
-    if built.info is None:
-        raise typer.Exit(CHECK_FAILED)
-
-
-@app.command()
-def bundle(
-    model: Annotated[Path, typer.Argument(help="Output folder of compress, or ONNX file.", show_default=False)],
-    target: TargetOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Archive to write: .tar.zst or .tar.gz.")],
-    min_shapes: MinShapesOption = None,
-    opt_shapes: OptShapesOption = None,
-    max_shapes: MaxShapesOption = None,
-    json: JsonOption = False,
-) -> None:
-    """Pack MODEL with all that its device needs to build and measure an engine itself."""
-    from lsp_deploy.bundling import bundle_model
-
-    console.configure(json=json)
-    shapes = {"min_shapes": min_shapes, "opt_shapes": opt_shapes, "max_shapes": max_shapes}
-    packed = bundle_model(model, target, output, shapes)
-    for line in packed.lines():
-        console.say(line)
-    if json:
-        _print_json(packed.to_json())
+        console.print_json({"output": str(output), "form": form.value, "replaced": replaced})
 
 
 @app.command()
@@ -534,7 +315,7 @@ def export(
     )
     console.say(f"{result.path}: {result.name}, opset {result.opset}, {result.parameters:,} parameters")
     if json:
-        _print_json(result.to_json())
+        console.print_json(result.to_json())
 
 
 targets_app = typer.Typer(help="List the targets, or show one.", invoke_without_command=True, rich_markup_mode=None)
@@ -550,7 +331,7 @@ def targets(context: typer.Context, json: JsonOption = False) -> None:
         return
     console.configure(json=json)
     if json:
-        _print_json({"targets": [target.model_dump(mode="json") for target in list_targets()]})
+        console.print_json({"targets": [target.model_dump(mode="json") for target in list_targets()]})
     else:
         console.show(target_table(list_targets()))
 
@@ -568,31 +349,9 @@ def targets_show(
     console.configure(json=json)
     target = load_target(name)
     if json:
-        _print_json(target.model_dump(mode="json"))
+        console.print_json(target.model_dump(mode="json"))
     else:
         console.show(target_details(target))
-
-
-@app.command("calibrate-target")
-def calibrate_target(
-    target: Annotated[str, typer.Argument(help="Name, alias or TOML file.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Target file to write, a .toml.")],
-    plugin: PluginOption = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once.")] = 8,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
-    json: JsonOption = False,
-) -> None:
-    """Measure from where on zeros pay on the GPU here; write TARGET so."""
-    from lsp_deploy.calibrating import calibrate_target as run
-    from lsp_deploy.calibrating import calibration_table
-
-    console.configure(json=json)
-    calibration = run(target, output, plugin or (), batch=batch, force=force)
-    if json:
-        _print_json({"output": str(output), "target": calibration.target.model_dump(mode="json")})
-    else:
-        console.show(calibration_table(calibration))
-        console.say(f"{output}: {calibration.source}; use it with --target {output}")
 
 
 @app.command()
@@ -603,14 +362,14 @@ def doctor(json: JsonOption = False) -> None:
     console.configure(json=json)
     diagnosis = diagnose()
     if json:
-        _print_json(diagnosis.model_dump(mode="json"))
+        console.print_json(diagnosis.model_dump(mode="json"))
     else:
         console.show(diagnosis_table(diagnosis))
 
 
 def _show(report: Report, json: bool) -> None:
     if json:
-        _print_json(report.model_dump(mode="json"))
+        console.print_json(report.model_dump(mode="json"))
         return
     from lsp_deploy.reporting.summary import summary_renderables
 
@@ -618,26 +377,6 @@ def _show(report: Report, json: bool) -> None:
         console.show(renderable)
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def _shapes(text: str | None) -> dict[str, tuple[int, ...]] | None:
-    from lsp_deploy.recipe import parse_shapes
-
-    if text is None:
-        return None
-    try:
-        return parse_shapes(text)
-    except ValueError as error:
-        raise UserError(f"--shapes {error}") from error
-
-
 def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {' '.join(message.split())}" if code != INTERRUPTED else message, file=sys.stderr)
     sys.exit(code)
-
-
-def _print_json(value: Any) -> None:
-    print(json_format.dumps(value, indent=1))

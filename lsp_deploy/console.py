@@ -6,16 +6,17 @@ Progress is a bar on a terminal and a plain line elsewhere.
 
 from __future__ import annotations
 
+import json as json_format
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-__all__ = ["configure", "progress", "say", "show", "warn"]
+__all__ = ["configure", "print_json", "progress", "say", "show", "warn"]
 
 _human_to_stderr = False
 
@@ -29,6 +30,11 @@ def configure(*, json: bool) -> None:
 def say(text: str) -> None:
     """Print one line."""
     print(text, file=_stream(), flush=True)
+
+
+def print_json(value: Any) -> None:
+    """Print the one JSON object of a command."""
+    print(json_format.dumps(value, indent=1))
 
 
 def warn(text: str) -> None:
