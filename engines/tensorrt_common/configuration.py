@@ -39,7 +39,7 @@ def configure(trt: Any, config: Any, options: BuildOptions, compute_capability: 
         level = options.hardware_compatibility.upper().replace("-", "_")
         config.hardware_compatibility_level = _member(trt, trt.HardwareCompatibilityLevel, level)
     if options.plugins:
-        config.plugins_to_serialize = [str(path) for path in options.plugins]
+        config.plugins_to_serialize = [str(path.absolute()) for path in options.plugins]
     if compute_capability is not None:
         # Without a target the builder takes types that the GPU does not have.
         major, minor = compute_capability
@@ -55,7 +55,8 @@ def load_plugins(trt: Any, logger: Any, paths: Sequence[Path]) -> None:
     """
     trt.init_libnvinfer_plugins(logger, "")
     for path in paths:
-        if trt.get_plugin_registry().load_library(str(path)) is None:
+        # Absolute: a bare name would be looked for in the system's library folders, and not here.
+        if trt.get_plugin_registry().load_library(str(path.absolute())) is None:
             raise NotInThisVersionError(f"{_title(trt)} cannot load the plugin library {path}")
 
 

@@ -131,6 +131,15 @@ def test_a_refused_node_is_named_and_nothing_is_left(make_model, tmp_path: Path)
     assert not (tmp_path / "e.engine").exists()
 
 
+def test_a_plugin_in_the_working_folder_needs_no_path(make_model, tmp_path: Path, machine: pytest.MonkeyPatch):
+    machine.chdir(tmp_path)
+    Path("lib.so").write_bytes(b"")
+    engine, _ = build(make_model(), SHAPES.model_copy(update={"plugins": (Path("lib.so"),)}))
+    assert f'"plugins": ["{tmp_path}/lib.so"]'.encode() in engine.read_bytes()
+    with loading.load_engine("tensorrt", engine, plugins=(Path("lib.so"),)) as loaded:
+        assert "x" in loaded.inputs
+
+
 def test_what_was_measured_is_kept_and_used_again(make_model, tmp_path: Path):
     cache = tmp_path / "cache"
     options = SHAPES.model_copy(update={"timing_cache": cache})

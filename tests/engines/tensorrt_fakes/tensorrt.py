@@ -53,8 +53,8 @@ _LOADED: set[str] = set()
 
 class _Registry:
     def load_library(self, path: str) -> object | None:
-        if not os.path.isfile(path) or path in _LOADED:  # noqa: PTH113
-            return None  # TensorRT takes no library whose plugins it has already
+        if "/" not in path or not os.path.isfile(path) or path in _LOADED:  # noqa: PTH113
+            return None  # dlopen finds no bare name here; TensorRT takes no library whose plugins it has already
         _LOADED.add(path)
         return object()
 
