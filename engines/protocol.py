@@ -242,8 +242,8 @@ def read_sidecar(engine_path: Path) -> EngineInfo | None:
         info = EngineInfo.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is not an engine's sidecar: {where}: {first['msg']}; build the engine again") from None
+        what = ": ".join([*(str(part) for part in first["loc"]), first["msg"]])
+        raise UserError(f"{path} is not an engine's sidecar: {what}; build the engine again") from None
     if info.sha256 is not None and info.sha256 != sha256_of(engine_path):
         raise UserError(f"{engine_path} is not the engine that {path.name} describes; build the engine again")
     return info

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lsp_deploy import __version__, console
 from lsp_deploy.building import has_two_four, model_in, shapes_for
 from lsp_deploy.errors import UserError
-from lsp_deploy.files import write_text
+from lsp_deploy.files import make_folder, write_text
 
 if TYPE_CHECKING:
     from lsp_deploy.bundle.content import Content
@@ -78,10 +78,10 @@ def bundle_model(source: Path, target_name: str, output: Path, shapes: Mapping[s
     if not target.build_on_device or target.kind != "gpu":
         raise UserError(
             f"a bundle is for devices that alone can build their engines, such as agx-orin; for {target.name}: "
-            f"lsp-deploy build {source} --target {target_name}"
+            f"lsp-deploy build {shlex.quote(str(source))} --target {shlex.quote(target_name)}"
         )
     content = _content(source, target, shapes)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     with tempfile.TemporaryDirectory(prefix="lsp-deploy-") as name:
         folder = Path(name)
         _fill(folder, content)

@@ -11,7 +11,19 @@ from pathlib import Path
 
 from lsp_deploy.errors import UserError
 
-__all__ = ["atomic_path", "sha256_of", "write_bytes", "write_text"]
+__all__ = ["atomic_path", "make_folder", "sha256_of", "write_bytes", "write_text"]
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it, where they are not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}; choose another -o") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsp_deploy import console
+from lsp_deploy.files import make_folder
 
 if TYPE_CHECKING:
     from lsp_deploy.engines.protocol import BuildOptions, EngineInfo
@@ -76,6 +77,9 @@ def build_from(
         engine: where the engine goes, by the builder's name.
         builder: the one builder to use; none: any of the target's.
         operators: whether the model holds operators of ours, which TensorRT finds in a plugin.
+
+    Raises:
+        UserError: the engine's folder cannot be made.
     """
     from lsp_deploy.engines.backends import builder_for
     from lsp_deploy.engines.protocol import EngineBuildError
@@ -85,7 +89,7 @@ def build_from(
     if backend is None:
         return Built(not_built=f"{reason}; on the device run:\n{commands}" if commands else reason, commands=commands)
     path = engine(backend.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         with console.progress(f"building the {backend.name} engine for {target.name}", 1) as advance:
             info = backend.build(model, path, target, options)
@@ -106,5 +110,5 @@ def _commands(model: Path, target: Target, options: BuildOptions, operators: boo
         *(model.name, f"{model.stem}.engine"),
         shapes=shapes if options.min_shapes != options.max_shapes else None,
         sparse_weights=options.sparse_weights,
-        plugin="liblsp_block_sparse.so" if operators else None,
+        plugin="./liblsp_block_sparse.so" if operators else None,
     )

@@ -83,11 +83,12 @@ def test_a_target_that_nothing_here_builds_for_exits_1_and_says_what_to_run(buil
 
 
 def test_the_device_needs_the_plugin_for_operators_of_ours(build, model):
-    save_model(case("float16", x_type="float16", out_type="float16").model(), Path("operator.onnx"))
+    operator = case("float16", x_type="float16", out_type="float16").in_layout("bsl16.v1")
+    save_model(operator.model(), Path("operator.onnx"))
     shapes = [word for bound in ("min", "opt", "max") for word in (f"--{bound}-shapes", "x:2x3x40")]
     code, out, _ = build("operator.onnx", "--target", "h100", *shapes)
     assert code == 1
-    assert out.count("--dynamicPlugins=liblsp_block_sparse.so") == 2  # to build, and to run
+    assert out.count("--dynamicPlugins=./liblsp_block_sparse.so") == 2  # to build, and to run
 
 
 def test_a_target_file_of_ones_own_is_as_good(build, model):
@@ -216,3 +217,10 @@ def test_a_folder_without_a_model_exits_2(build, model):
     Path("empty").mkdir()
     code, _, err = build("empty", "--target", "a100")
     assert code == 2 and "model.onnx" in err
+
+
+def test_a_folder_that_cannot_be_made_exits_2(build, model):
+    Path("file").write_text("")
+    code, _, err = build(model, "--target", "cpu", "-o", "file/in/it.engine")
+    assert code == 2
+    assert err.startswith("error: cannot make the folder file/in: ") and len(err.strip().splitlines()) == 1
