@@ -155,7 +155,13 @@ def build(
         Path | None, typer.Option("--timing-cache", help="File of TensorRT's kernel timings, read and written.")
     ] = None,
     plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="Plugin library to put into the engine; repeat for several.")
+        list[Path] | None,
+        typer.Option(
+            "--plugin",
+            exists=True,
+            dir_okay=False,
+            help="Plugin library to put into the engine; repeat for several.",
+        ),
     ] = None,
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Let later TensorRT releases run the engine.")

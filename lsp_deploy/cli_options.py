@@ -30,7 +30,8 @@ MaxShapesOption = Annotated[
     str | None, typer.Option("--max-shapes", help="Largest input shapes.  [default: those of compress, or batch 32]")
 ]
 PluginOption = Annotated[
-    list[Path] | None, typer.Option("--plugin", help="Plugin library of a GPU's engine; repeat for several.")
+    list[Path] | None,
+    typer.Option("--plugin", exists=True, dir_okay=False, help="Plugin library of a GPU's engine; repeat for several."),
 ]
 PowerOption = Annotated[
     bool | None, typer.Option("--power/--no-power", help="Measure power and energy.  [default: where there is a meter]")

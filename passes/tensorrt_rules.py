@@ -187,10 +187,6 @@ def _readers(value: ir.Value) -> list[ir.Node]:
     return readers
 
 
-def _is_plugin(node: ir.Node) -> bool:
-    return node.domain not in ("", "ai.onnx")
-
-
 def _dequantized(value: ir.Value | None) -> ir.DataType | None:
     """Return the type that a value is dequantized from, None if it is not."""
     node = value.producer() if value is not None else None

@@ -146,6 +146,7 @@ def test_a_model_that_the_target_cannot_take_exits_1(build, model):
 
 def test_options_reach_the_builder(build, model, monkeypatch):
     backend = use(monkeypatch, FakeBackend())
+    Path("a.so").write_bytes(b"")
     flags = ("--workspace-mb", "512", "--optimization-level", "2", "--timing-cache", "t.cache", "--plugin", "a.so")
     code, out, err = build(model, "--target", "h100", *flags, "--version-compatible", "--refittable")
     assert code == 0 and "a warning" in err
@@ -205,6 +206,7 @@ def test_an_output_folder_has_a_place_for_engines_and_the_shapes_of_its_run(buil
         (("--target", "a1000"), "unknown target"),
         (("--target", "a100", "--min-shapes", "pixel_values=1"), "--min-shapes is written like"),
         (("--target", "a100", "--opt-shapes", "x:1x1"), "no input x"),
+        (("--target", "a100", "--plugin", "no.so"), "'no.so' does not exist"),
     ],
 )
 def test_what_is_typed_wrong_exits_2(build, model, arguments, says):
