@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lsp_deploy.allocation.execution import linear_time_us
 from lsp_deploy.plan import AttentionDecision, LayerPlan, Plan
+from lsp_deploy.plugins import library
 from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.sections import AttentionExecution, LayerExecution, LayerRow, LinearTimeSection
 
@@ -71,7 +72,9 @@ def operator_words(layers: Sequence[LayerRow], attention: AttentionExecution | N
     kernels = {layer.execution.kernel for layer in layers if not layer.gone}
     if "block_sparse" not in kernels and (attention is None or attention.kernel != "lsp"):
         return None
-    needs = "a session of your own needs lsp_deploy.plugins.register(options)"
+    needs = "a session of your own needs lsp_deploy.plugins.register(options), with the library that is not built here"
+    if library().path is not None:
+        needs = "a session of your own needs lsp_deploy.plugins.register(options)"
     if on_gpu:
         needs = "TensorRT takes them from liblsp_block_sparse.so (docs/tensorrt-plugin.md), to build and to run"
     return (
