@@ -43,7 +43,8 @@ def build_model(source: Path, request: BuildRequest) -> Built:
     builder failed.
 
     Raises:
-        UserError: no usable model, no such target, or shapes that do not fit.
+        UserError: no usable model, no such target, shapes that do not fit, or options that the target's builder
+            does not have.
     """
     from lsp_deploy.hardware.target import load_target
     from lsp_deploy.model import load_model
@@ -52,6 +53,8 @@ def build_model(source: Path, request: BuildRequest) -> Built:
     from lsp_deploy.steps.building import Built, build_from
 
     target, path = load_target(request.target), model_in(source)
+    if target.kind == "cpu":
+        _refuse_tensorrt_options(request)
     model = load_model(path)
     shapes = shapes_for(path, model, request.shapes)
     try:
@@ -150,6 +153,16 @@ def built_json(built: Built, target: str) -> dict[str, Any]:
         "not_built_reason": built.not_built,
         "commands": built.commands,
     }
+
+
+def _refuse_tensorrt_options(request: BuildRequest) -> None:
+    """Refuse what ONNX Runtime would not heed."""
+    usual = BuildOptions(timeout_seconds=request.options.timeout_seconds)
+    given = [name for name in BuildOptions.model_fields if getattr(request.options, name) != getattr(usual, name)]
+    if request.sparse_weights is not None:
+        given.append("sparse_weights")
+    if given:
+        raise UserError(f"{request.target} is built by ONNX Runtime, which has no {', '.join(given)}")
 
 
 def _default_engine(path: Path, backend: str, target: Target) -> Path:

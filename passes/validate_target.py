@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from lsp_deploy.errors import UserError
 from lsp_deploy.passes.tensorrt_rules import tensorrt_refusals
+from lsp_deploy.plugins.operators import operator_nodes
 
 __all__ = ["TargetRefusesError", "TargetRules", "ValidateTargetPass", "refusals"]
 
@@ -27,6 +28,7 @@ _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _MIN_OPSET_OF_16_BIT_SCALES = 19
 # Whatever a user's own target file says, NVIDIA GPUs before these have no instructions for the type.
 _MIN_CAPABILITY = {"bf16": (8, 0), "int4": (8, 0), "fp8": (8, 9), "fp4": (12, 0)}
+_MIN_CAPABILITY_OF_PLUGIN = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def refusals(model: ir.Model, rules: TargetRules) -> list[str]:
     """Return what the target cannot take, one line each: "node: reason"; an empty list if it takes the model."""
     found = [*_opset(model, rules), *_element_types(model, rules), *_scale_types(model)]
     if rules.tensorrt:
-        found += tensorrt_refusals(model)
+        found += [*_operators(model, rules), *tensorrt_refusals(model)]
     return found
 
 
@@ -129,6 +131,14 @@ def _is_cast_at_border(value: ir.Value) -> bool:
         return all(node.op_type == "Cast" for node in value.consumers())
     producer = value.producer()
     return value.is_graph_output() and producer is not None and producer.op_type == "Cast" and not value.uses()
+
+
+def _operators(model: ir.Model, rules: TargetRules) -> Iterator[str]:
+    """Yield one refusal where the model has operators of ours, and the GPU is older than the plugin's kernels."""
+    has = rules.compute_capability
+    if has is not None and _capability(has) < _MIN_CAPABILITY_OF_PLUGIN:
+        for node in operator_nodes(model)[:1]:
+            yield f"{node.name}: lsp::{node.op_type} needs compute capability 8.0 ({rules.name} has {has})"
 
 
 def _scale_types(model: ir.Model) -> Iterator[str]:

@@ -69,6 +69,11 @@ class TensorRtRtxBackend:
                 f"TensorRT-RTX does not build for {target.name}; it knows the compute capabilities "
                 f"{', '.join(COMPUTE_CAPABILITIES)}"
             )
+        if options.hardware_compatibility != "none" or options.version_compatible:
+            raise EngineBuildError(
+                "TensorRT-RTX has no engines for other GPUs or later releases; leave hardware_compatibility and "
+                "version_compatible out"
+            )
         major, minor = target.compute_capability.split(".")
         built = build_in_child(
             "tensorrt_rtx",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,12 @@ def test_a_refused_node_is_named(make_model, tmp_path: Path):
 
 
 @needs_builder
+@pytest.mark.parametrize("asked", [{"hardware_compatibility": "ampere-plus"}, {"version_compatible": True}])
+def test_an_engine_that_would_not_be_what_was_asked_is_refused(make_model, tmp_path: Path, asked: dict[str, Any]):
+    with pytest.raises(EngineBuildError, match=r"TensorRT-RTX has no engines for other GPUs or later releases"):
+        TensorRtRtxBackend().build(make_model(), tmp_path / "e", load_target("a100"), SHAPES.model_copy(update=asked))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -207,6 +207,7 @@ def test_an_output_folder_has_a_place_for_engines_and_the_shapes_of_its_run(buil
         (("--target", "a100", "--min-shapes", "pixel_values=1"), "--min-shapes is written like"),
         (("--target", "a100", "--opt-shapes", "x:1x1"), "no input x"),
         (("--target", "a100", "--plugin", "no.so"), "'no.so' does not exist"),
+        (("--target", "cpu", "--refittable", "--no-sparse-weights"), "no refittable, sparse_weights"),
     ],
 )
 def test_what_is_typed_wrong_exits_2(build, model, arguments, says):

@@ -76,6 +76,13 @@ def test_a_plugin_may_read_the_quantized_tensor():
     assert refusals(model_of(nodes), A100) == []
 
 
+def test_the_plugin_needs_a_newer_gpu():
+    model = case("float16", x_type="float16", out_type="float16").in_layout("bsl16.v1").model()
+    assert refusals(model, A100) == []
+    older = TargetRules("t4", 22, ALL - {"fp8", "bf16"}, tensorrt=True, compute_capability="7.5")
+    assert refusals(model, older) == ["layer: lsp::BlockSparseLinear needs compute capability 8.0 (t4 has 7.5)"]
+
+
 REFUSED = {
     "asymmetric activation": (
         f"{PAIR}  {WEIGHT}  y = MatMul(d, w)",
