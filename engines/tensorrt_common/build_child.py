@@ -70,7 +70,7 @@ def _build(request: BuildRequest, log: TextIO) -> BuildResponse:
     del plugin
     if engine is None:
         return response()
-    write_timing_cache(config, options.timing_cache)
+    remarks += write_timing_cache(config, options.timing_cache)
     request.engine.write_bytes(engine)
     result = response(built=True, remarks=remarks)
     if request.inspect:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lsp_deploy.engines.protocol import BuildOptions
+from lsp_deploy.errors import UserError
 from lsp_deploy.files import write_bytes
 
 __all__ = ["NotInThisVersionError", "configure", "load_plugins", "read_timing_cache", "write_timing_cache"]
@@ -72,11 +73,15 @@ def read_timing_cache(config: Any, path: Path | None) -> list[str]:
     return [f"the timing cache {path.name} is of another GPU or version: everything was measured anew"]
 
 
-def write_timing_cache(config: Any, path: Path | None) -> None:
-    """Write what the builder has measured."""
+def write_timing_cache(config: Any, path: Path | None) -> list[str]:
+    """Write what the builder has measured; returns what the user should know: the engine is there in any case."""
     cache = config.get_timing_cache() if path is not None else None
     if path is not None and cache is not None:
-        write_bytes(path, bytes(cache.serialize()))
+        try:
+            write_bytes(path, bytes(cache.serialize()))
+        except UserError as error:
+            return [f"the timing cache {path.name} was not written: {error.__cause__}"]
+    return []
 
 
 def _flags(options: BuildOptions) -> list[str]:

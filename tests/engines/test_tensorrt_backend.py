@@ -151,6 +151,10 @@ def test_what_was_measured_is_kept_and_used_again(make_model, tmp_path: Path):
     _, info = build(make_model(), options)
     assert "the timing cache cache is of another GPU or version: everything was measured anew" in info.warnings
     assert cache.read_bytes() == b"GPU 0:measured."
+    cache.unlink()
+    cache.mkdir()
+    engine, info = build(make_model(), options)
+    assert engine.is_file() and "the timing cache cache was not written: " in info.warnings[-1]
 
 
 def test_engines_may_share_a_plugin_library(make_model, tmp_path: Path, cuda):
