@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -21,7 +21,7 @@ from lsp_deploy.engines.host import CpuMeter, available_cpus, cpu_governor, cpu_
 from lsp_deploy.engines.power.recording import Interval, PowerFigures, PowerRecorder
 from lsp_deploy.engines.protocol import DeviceTimed, Engine
 
-__all__ = ["Conditions", "Profile", "Ratio", "latency_ratio", "profile", "sweep"]
+__all__ = ["Conditions", "Profile", "Ratio", "latency_ratio", "profile"]
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -177,22 +177,6 @@ def profile(
             ),
         )
         for label, engine in engines.items()
-    }
-
-
-def sweep(
-    engines: Mapping[str, Engine],
-    make_feeds: Callable[[int], Feeds],
-    *,
-    batches: Sequence[int] = (1, 8),
-    threads: int | None = None,
-    duration: float = 3.0,
-    warm_up: float = 0.5,
-) -> dict[int, dict[str, Profile]]:
-    """Profile `engines` at several batch sizes; `make_feeds` gives the inputs of one. Returns profiles by batch."""
-    return {
-        batch: profile(engines, make_feeds(batch), threads=threads, duration=duration, warm_up=warm_up)
-        for batch in batches
     }
 
 

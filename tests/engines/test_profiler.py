@@ -6,7 +6,7 @@ import pytest
 from lsp_deploy.engines import host, profiler
 from lsp_deploy.engines.host import CpuMeter, available_cpus, cpu_model, load_average
 from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
-from lsp_deploy.engines.profiler import Profile, latency_ratio, profile, sweep
+from lsp_deploy.engines.profiler import Profile, latency_ratio, profile
 from lsp_deploy.engines.protocol import EngineInfo
 
 FEEDS = {"x": np.zeros((4, 3), np.float32)}
@@ -162,12 +162,6 @@ def test_feeds_may_differ_by_engine_and_threads_may_be_given(clock, quiet):
     assert [result.batch for result in results.values()] == [4, 2]
     assert [result.threads for result in results.values()] == [7, 7]
     assert engines["b"].feeds[0] is feeds["b"]
-
-
-def test_a_sweep_over_batch_sizes(clock, quiet):
-    engine = timed(FakeEngine("a", []), clock, [0.1])
-    results = sweep({"a": engine}, lambda batch: {"x": np.zeros((batch, 3))}, batches=(1, 8), duration=0, warm_up=0)
-    assert {batch: by_label["a"].batch for batch, by_label in results.items()} == {1: 1, 8: 8}
 
 
 def test_a_real_session(make_model, x: np.ndarray):
