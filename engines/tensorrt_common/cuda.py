@@ -68,7 +68,9 @@ class Cuda:
         try:
             enqueue()
         except BaseException:
-            self._runtime.cudaStreamEndCapture(self.stream)  # whatever it says: the first error counts
+            error, graph = self._runtime.cudaStreamEndCapture(self.stream)  # the first error counts, not this one
+            if error == self._runtime.cudaError_t.cudaSuccess:
+                self._runtime.cudaGraphDestroy(graph)
             raise
         graph = self._call("cudaStreamEndCapture", self.stream)
         try:

@@ -234,6 +234,7 @@ def test_a_failed_kernel_ends_the_capture(cuda):
 
     with pytest.raises(CudaError, match="no"):
         opened.capture(fail)
+    assert list(cuda.handles.values()) == ["stream"]  # no graph is left
     assert opened.capture(lambda: None) > 0  # the stream captures again
 
 
