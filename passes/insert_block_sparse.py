@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lsp_deploy.errors import UserError
 from lsp_deploy.passes.fuse_gelu import find_gelus
 from lsp_deploy.passes.int8_scales import activation_scale, int8_weight, weight_scale
-from lsp_deploy.passes.layer_weights import add_initializer, layer_nodes
+from lsp_deploy.passes.layer_weights import SharedInitializers, add_initializer, layer_nodes
 from lsp_deploy.passes.linear_node import LinearNode, read_linear_node, replace_nodes
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.plugins.block_sparse.operator import DOMAIN, VERSION, Activation, BlockSparseLinear, to_node
@@ -58,13 +58,14 @@ class InsertBlockSparsePass(ir.passes.InPlacePass):
         """
         layers = [layer for layer in self.plan.layers if layer.execution.kernel == "block_sparse"]
         nodes = layer_nodes(model.graph, layers)
+        shared = SharedInitializers(model.graph)
         for layer in layers:
-            self._replace(model.graph, nodes[layer.name], layer)
+            self._replace(model.graph, nodes[layer.name], layer, shared)
         if layers:
             model.opset_imports[DOMAIN] = VERSION
         return ir.passes.PassResult(model, modified=bool(layers))
 
-    def _replace(self, graph: ir.Graph, node: ir.Node, layer: LayerPlan) -> None:
+    def _replace(self, graph: ir.Graph, node: ir.Node, layer: LayerPlan, shared: SharedInitializers) -> None:
         linear = read_linear_node(graph, node)
         activation, activated, activating = _activation(graph, linear.y)
         residual, y, adding = _residual(activated)
@@ -82,8 +83,9 @@ class InsertBlockSparsePass(ir.passes.InPlacePass):
             x_scale=operands.x_scale,
             x_offset=operands.x_offset,
         )
-        arrays = {"values": blocks.values, "bias": operands.bias, "scale": operands.scale}
-        values, bias, scale = (add_initializer(graph, f"{layer.name}/{name}", array) for name, array in arrays.items())
+        values = shared.add(f"{layer.name}/values", blocks.values)
+        arrays = {"bias": operands.bias, "scale": operands.scale}
+        bias, scale = (add_initializer(graph, f"{layer.name}/{name}", array) for name, array in arrays.items())
         new = to_node(operator, linear.x, values, bias, scale, residual, name=layer.name)
         replace_nodes(graph, (*linear.nodes, *activating, *adding), y, [new], new.outputs[0])
 

@@ -5,6 +5,7 @@ A MatMul holds W [K, N], a Gemm W or its transpose, a Conv over patches its tran
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,6 +70,22 @@ def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+class SharedInitializers:
+    """Initializers added to one graph, each content once: layers that shared a weight go on sharing what it became."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        """Take the graph."""
+        self.graph = graph
+        self._known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def add(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """Return the initializer that holds `array`, called `name` if there was none yet."""
+        key = str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+        if key not in self._known:
+            self._known[key] = add_initializer(self.graph, name, array)
+        return self._known[key]
 
 
 def _matrix_shape(node: ir.Node) -> tuple[int, int] | None:

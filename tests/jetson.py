@@ -29,9 +29,17 @@ if "--saveEngine" in flags:
     sys.exit(0)
 assert Path(flags["--loadEngine"]).read_bytes() == b"engine"
 assert "--skipInference" not in flags
+
+
+def write_whole(path, text):
+    # As the kernel does: whoever reads sees the old number or the new one, never an empty file.
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
+
+
 gpu = here.parents[4] / "sys/bus/i2c/drivers/ina3221/1-0040/hwmon/hwmon0/curr1_input"
 if gpu.exists():
-    gpu.write_text("1500")  # 10 W more
+    write_whole(gpu, "1500")  # 10 W more
 say("Starting inference")
 time.sleep(float(flags["--warmUp"]) / 1000)
 start = time.monotonic()
@@ -50,7 +58,7 @@ say("GPU Compute Time: min = 4.5 ms, max = 6 ms, mean = 4.6 ms, median = 4.6 ms,
 say(f"Total Host Walltime: {seconds:g} s")
 time.sleep(1)
 if gpu.exists():
-    gpu.write_text("1000")
+    write_whole(gpu, "1000")
 """
 # Compiles nothing: the library is an empty file where CMake was told to put it.
 _CMAKE = """#!/bin/bash

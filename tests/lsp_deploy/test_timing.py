@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from made_up_timer import MadeUpTimer
 
+from lsp_deploy import console
 from lsp_deploy.engines.host import CpuMeter
 from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
 from lsp_deploy.errors import UserError
@@ -131,6 +132,7 @@ def test_without_the_library_stock_operators_are_timed_and_the_user_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lsp_deploy.plugins.library", lambda: NativeLibrary(None, "no compiler was there"))
+    console.configure(json=False)
     assert candidates(CPU) == ("matmul fp32", "qgemm int8", "gather fp32")
     assert "no compiler was there" in capsys.readouterr().out
     with pytest.raises(UserError, match="--precision bf16 on a CPU needs the operator's library: no compiler"):

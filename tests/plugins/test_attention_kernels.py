@@ -51,7 +51,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, compute: str) -> None:
-    scale = np.abs(expected).max()
+    # Outputs are means of values of about 1, which may cancel: what is left is then as uncertain as they are.
+    scale = max(np.abs(expected).max(), 1.0)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[compute] * scale)
 
 
