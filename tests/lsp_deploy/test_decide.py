@@ -8,21 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from digits import ASSETS, digits_statistics
 from fake_pruner import INSIDE, FakePruner
 
 from lsp_deploy.allocation.decide import decide
 from lsp_deploy.allocation.pruning import OutOfReachError, Pruning, adopt
 from lsp_deploy.allocation.question import Question
-from lsp_deploy.data import open_dataset
-from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
 from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.target import load_target
 from lsp_deploy.plan import Plan
 from lsp_deploy.recipe import Recipe
-from lsp_deploy.sensitivity.activations import collect_activations
 from lsp_deploy.steps.preparation import PreparedModel, prepare
-
-ASSETS = Path(__file__).parents[2] / "lsp_deploy" / "assets"
 
 
 def zeros(plan: Plan) -> int:
@@ -40,11 +36,7 @@ def prepared() -> PreparedModel:
 
 @pytest.fixture(scope="module")
 def statistics(prepared: PreparedModel):
-    shapes = prepared.shapes.opt
-    data = open_dataset(str(ASSETS / "calibration.npz"), shapes=shapes, dtypes={}, preprocess=None, samples=16)
-    inputs = sorted({str(layer.x.name) for layer in prepared.layers})
-    with OnnxRuntimeEngine.from_model(prepared.canonical, threads=1, extra_outputs=inputs) as engine:
-        return collect_activations(engine, prepared.layers, data, batch_size=8)
+    return digits_statistics(prepared)
 
 
 @pytest.fixture

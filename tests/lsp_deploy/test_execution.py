@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from digits import ASSETS, digits_statistics
 from fake_pruner import INSIDE, FakePruner
 
 from lsp_deploy.allocation.decide import decide
 from lsp_deploy.allocation.execution import linear_time_us
 from lsp_deploy.allocation.question import Question
-from lsp_deploy.data import open_dataset
-from lsp_deploy.engines.onnxruntime_backend import OnnxRuntimeEngine
 from lsp_deploy.errors import UserError
 from lsp_deploy.hardware.cpu_timings import CpuTimings, LayerTimes
 from lsp_deploy.hardware.target import load_target
 from lsp_deploy.plan import LayerPlan, Plan
 from lsp_deploy.recipe import Recipe
-from lsp_deploy.sensitivity.activations import collect_activations
 from lsp_deploy.steps.preparation import PreparedModel, prepare
 from lsp_deploy.steps.timing import layer_shape
 
-ASSETS = Path(__file__).parents[2] / "lsp_deploy" / "assets"
 Curves = Mapping[str, Mapping[float, float]]
 
 # As on a CPU with AVX512_BF16: the operator about as fast as qgemm on dense weights, faster with zeros.
@@ -46,11 +42,7 @@ def prepared() -> PreparedModel:
 
 @pytest.fixture(scope="module")
 def statistics(prepared: PreparedModel):
-    shapes = prepared.shapes.opt
-    data = open_dataset(str(ASSETS / "calibration.npz"), shapes=shapes, dtypes={}, preprocess=None, samples=16)
-    inputs = sorted({str(layer.x.name) for layer in prepared.layers})
-    with OnnxRuntimeEngine.from_model(prepared.canonical, threads=1, extra_outputs=inputs) as engine:
-        return collect_activations(engine, prepared.layers, data, batch_size=8)
+    return digits_statistics(prepared)
 
 
 @pytest.fixture
