@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from block_sparse_cases import case
+from exports import export_timm
 from gpu_plans import applied, block_plan, inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,6 @@ from lsp_deploy.plugins.block_sparse.operator import BlockSparseLinear
 from lsp_deploy.plugins.tensorrt import python_plugin
 
 ASSETS = Path(__file__).parents[2] / "lsp_deploy" / "assets"
-DEIT = Path(__file__).parents[3] / "shared" / "data" / "models" / "deit_tiny_patch16_224.onnx"
 FORMS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16", "x_type": "float16", "out_type": "float16", "activation": "gelu"},
     "bfloat16": {"dtype": "bfloat16", "x_type": "bfloat16", "out_type": "bfloat16", "residual": True},
@@ -141,10 +141,10 @@ def test_a_whole_network_is_built(dtype: str, tmp_path: Path) -> None:
 
 
 @needs_builder
-@pytest.mark.skipif(not DEIT.exists(), reason="needs ../shared/data")
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_deit_tiny_is_built_with_48_operators(dtype: str, tmp_path: Path) -> None:
-    canonical = canonicalize(load_model(DEIT), max_opset=23)
+    path = export_timm("deit_tiny_patch16_224")  # of full size; weights are random
+    canonical = canonicalize(load_model(path), max_opset=23)
     info = built(applied(canonical, block_plan(canonical, dtype)), tmp_path)
     assert info.compute_capability == "8.0"
     found = operators_in(info)
