@@ -5,55 +5,49 @@
 
 namespace lsp {
 
-// c[0] + c[1] s + c[2] s^2 + ...
+// c[0] + c[1] x + c[2] x^2 + ...
 template <class V, int N>
-typename V::Float polynomial(typename V::Float s, const float (&c)[N]) {
+typename V::Float polynomial(typename V::Float x, const float (&c)[N]) {
   typename V::Float sum = V::broadcast(c[N - 1]);
-  for (int i = N - 2; i >= 0; --i) sum = V::fma(sum, s, V::broadcast(c[i]));
+  for (int i = N - 2; i >= 0; --i) sum = V::fma(sum, x, V::broadcast(c[i]));
   return sum;
 }
 
-// An odd function that tends to 1, as z P(z^2) / Q(z^2) within the limit. P is some 3e-7 too great, so that the
-// quotient is 1 exactly once it is cut off there: what is far below zero gives exactly 0 for x (1 + odd(x)).
-template <class V, int P, int Q>
-typename V::Float odd_rational(typename V::Float z, float limit, const float (&p)[P], const float (&q)[Q]) {
-  z = V::max(V::min(z, V::broadcast(limit)), V::broadcast(-limit));
-  const typename V::Float s = V::mul(z, z);
-  const typename V::Float value = V::div(V::mul(z, polynomial<V>(s, p)), polynomial<V>(s, q));
-  return V::max(V::min(value, V::broadcast(1.0F)), V::broadcast(-1.0F));
+// What GELU takes away from max(x, 0), for z = |x|: z Phi(-z), as z / P(z)^16. P is the polynomial that is nearest to
+// Phi(-z)^(-1/16) on [0, 5.5], relatively (Remez). So the small results of GELU's left side are exact in their own
+// size, to 4e-6, where 1 + erf(x) would lose all but the last digits of them.
+template <class V, int N>
+typename V::Float gelu_by_its_tail(typename V::Float x, const float (&p)[N]) {
+  const typename V::Float zero = V::broadcast(0.0F);
+  // P(128)^16 is infinite already; z itself must not be, for infinity by infinity is no number.
+  const typename V::Float z = V::min(V::max(x, V::sub(zero, x)), V::broadcast(128.0F));
+  typename V::Float power = polynomial<V>(z, p);
+  for (int i = 0; i < 4; ++i) power = V::mul(power, power);
+  return V::sub(V::max(zero, x), V::div(z, power));  // NaN stays NaN
 }
 
-// erf(x / sqrt(2)): minimax in 0.5 x erf(x / sqrt(2)), where the error is below 2e-6.
+// x Phi(x), Phi that of the normal distribution.
 template <class V>
-typename V::Float erf_of_half(typename V::Float x) {
-  constexpr float p[] = {0.79787904F, 0.14061113F, 0.014007602F, 0.0011017915F, 1.98237885e-5F};
-  constexpr float q[] = {1.0F, 0.34286124F, 0.049752425F, 0.0040397281F, 2.0113339e-4F, 7.9668553e-7F};
-  return odd_rational<V>(x, 5.5F, p, q);
+typename V::Float gelu(typename V::Float x) {
+  constexpr float p[] = {1.04427373F,     0.0520787947F,   0.0220531784F,    0.00347997062F,   -2.51995825e-05F,
+                         8.91199306e-05F, -6.15053114e-06F, 1.92760785e-06F, -2.01827618e-07F, 1.7708647e-08F};
+  return gelu_by_its_tail<V>(x, p);
 }
 
-// tanh(z): minimax, error below 6e-7.
+// The same with Phi(z) = 1 / (1 + exp(-2 sqrt(2 / pi) (z + 0.044715 z^3))).
 template <class V>
-typename V::Float tanh(typename V::Float z) {
-  constexpr float p[] = {1.00000024F, 0.13373202F, 0.0034865832F, 2.0471842e-5F, 1.3184234e-8F};
-  constexpr float q[] = {1.0F, 0.46706495F, 0.025841982F, 3.2713861e-4F, 7.7026664e-7F};
-  return odd_rational<V>(z, 9.0F, p, q);
+typename V::Float gelu_tanh(typename V::Float x) {
+  constexpr float p[] = {1.04427373F,       0.0520765074F,    0.0220628362F,  0.00343734003F,
+                         -0.000122465295F,  0.000220925911F,  -0.000137017661F, 8.8205903e-05F,
+                         -2.66278748e-05F,  4.49480058e-06F,  -4.0208829e-07F, 1.58629856e-08F};
+  return gelu_by_its_tail<V>(x, p);
 }
 
 template <class V, lsp_activation ACTIVATION>
 typename V::Float activate(typename V::Float x) {
   if constexpr (ACTIVATION == LSP_RELU) return V::max(V::broadcast(0.0F), x);  // NaN stays NaN
-  if constexpr (ACTIVATION == LSP_GELU || ACTIVATION == LSP_GELU_TANH) {
-    const typename V::Float half = V::mul(x, V::broadcast(0.5F));
-    typename V::Float odd;
-    if constexpr (ACTIVATION == LSP_GELU) {
-      odd = erf_of_half<V>(x);
-    } else {
-      const typename V::Float square = V::mul(x, x);
-      const typename V::Float factor = V::fma(square, V::broadcast(0.035677408F), V::broadcast(0.79788456F));
-      odd = tanh<V>(V::mul(x, factor));
-    }
-    return V::fma(half, odd, half);
-  }
+  if constexpr (ACTIVATION == LSP_GELU) return gelu<V>(x);
+  if constexpr (ACTIVATION == LSP_GELU_TANH) return gelu_tanh<V>(x);
   return x;
 }
 
