@@ -20,7 +20,7 @@ template <class V, int N>
 typename V::Float gelu_by_its_tail(typename V::Float x, const float (&p)[N]) {
   const typename V::Float zero = V::broadcast(0.0F);
   // P(128)^16 is infinite already; z itself must not be, for infinity by infinity is no number.
-  const typename V::Float z = V::min(V::max(x, V::sub(zero, x)), V::broadcast(128.0F));
+  const typename V::Float z = V::min_abs(x, V::broadcast(128.0F));
   typename V::Float power = polynomial<V>(z, p);
   for (int i = 0; i < 4; ++i) power = V::mul(power, power);
   return V::sub(V::max(zero, x), V::div(z, power));  // NaN stays NaN

@@ -28,6 +28,7 @@ struct Avx2Vector {
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float min_abs(Float a, Float limit) { return min(_mm256_andnot_ps(broadcast(-0.0F), a), limit); }
 
   static Int load_int(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   static Int broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }

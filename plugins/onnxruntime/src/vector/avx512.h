@@ -26,6 +26,8 @@ struct Avx512Vector {
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  // One instruction: 2 for the smaller absolute value, 8 for its sign cleared.
+  static Float min_abs(Float a, Float limit) { return _mm512_range_ps(a, limit, 2 + 8); }
 
   static Int load_int(const int32_t* from) { return _mm512_loadu_si512(from); }
   static Int broadcast_int(int32_t value) { return _mm512_set1_epi32(value); }

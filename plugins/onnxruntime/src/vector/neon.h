@@ -32,6 +32,7 @@ struct NeonVector {
   static Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Float min(Float a, Float b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Float max(Float a, Float b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static Float min_abs(Float a, Float limit) { return min(vabsq_f32(a), limit); }
 
   static Int load_int(const int32_t* from) { return vld1q_s32(from); }
   static Int broadcast_int(int32_t value) { return vdupq_n_s32(value); }

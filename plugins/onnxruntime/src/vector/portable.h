@@ -37,6 +37,8 @@ struct PortableVector {
   // Of a number and a NaN, the number, if the NaN comes first.
   static Float min(Float a, Float b) { return a < b ? a : b; }
   static Float max(Float a, Float b) { return a > b ? a : b; }
+  // The smaller of |a| and limit.
+  static Float min_abs(Float a, Float limit) { return min(max(a, -a), limit); }
 
   static Int load_int(const int32_t* from) {
     Int value;
