@@ -325,7 +325,8 @@ app.add_typer(targets_app, name="targets")
 @targets_app.callback()
 def targets(context: typer.Context, json: JsonOption = False) -> None:
     """List the targets, or show one."""
-    from lsp_deploy.hardware.target import list_targets, target_table
+    from lsp_deploy.hardware.target import list_targets
+    from lsp_deploy.hardware.target_tables import target_table
 
     if context.invoked_subcommand is not None:
         return
@@ -343,7 +344,8 @@ def targets_show(
     json: JsonOption = False,
 ) -> None:
     """Show one target: types, peaks, bandwidth, from which zeros a layer pays, and the sources."""
-    from lsp_deploy.hardware.target import load_target, target_details
+    from lsp_deploy.hardware.target import load_target
+    from lsp_deploy.hardware.target_tables import target_details
 
     json = json or bool(context.parent and context.parent.params["json"])
     console.configure(json=json)

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,9 +26,6 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.table import Table
-
     from lsp_deploy.passes.validate_target import TargetRules
 
 __all__ = [
@@ -39,8 +36,6 @@ __all__ = [
     "Target",
     "list_targets",
     "load_target",
-    "target_details",
-    "target_table",
 ]
 
 ElementType = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp4"]
@@ -51,7 +46,6 @@ BuilderName = Literal["tensorrt_rtx", "tensorrt", "onnxruntime"]
 _STORED_ONLY = frozenset({"int4"})
 _FOLDER = Path(__file__).parent / "targets"
 _NOT_INHERITED = ("name", "title", "aliases")
-_BUILDER_TITLES = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime"}
 _TRTEXEC = r"""
 trtexec --onnx={model} --saveEngine={engine} \
     {build_flags}
@@ -268,70 +262,6 @@ def list_targets() -> list[Target]:
     """Return the shipped targets: GPUs by name, then the CPU."""
     targets = [_shipped(name) for name in _tables()]
     return sorted(targets, key=lambda target: (target.kind != "gpu", target.name))
-
-
-def target_table(targets: Sequence[Target]) -> Table:
-    """Return the overview that `lsp-deploy targets` prints."""
-    from rich.table import Table
-
-    table = Table("target", "device", "element types", "fp16 / int8 peak", "memory", "engines from", box=None)
-    table.columns[0].no_wrap = True
-    for target in targets:
-        peaks = [f"{target.peak[unit].dense:g}" for unit in ("fp16", "int8") if unit in target.peak]
-        table.add_row(
-            target.name,
-            target.title,
-            " ".join(target.types),
-            f"{' / '.join(peaks)} T" if peaks else "-",
-            f"{target.memory_gb:g} GB" if target.memory_gb else "-",
-            " or ".join(_BUILDER_TITLES[builder] for builder in target.builders)
-            + (", on the device" if target.build_on_device else ""),
-        )
-    return table
-
-
-def target_details(target: Target) -> Group:
-    """Return everything that one target says, as `lsp-deploy targets show` prints it."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("field", "value", "meaning", box=None)
-    table.columns[0].no_wrap = True
-    table.columns[1].overflow = "fold"
-    for name, value, meaning in _fields(target):
-        if name.startswith("kernels.") and not target.peak:
-            continue  # nothing is estimated from them
-        table.add_row(name, escape(value), f"[dim]{escape(meaning)}[/dim]")
-    table.add_row("sha256", target.sha256, "[dim]of all that the target says; reports name it[/dim]")
-    if "tensorrt" not in target.builders:
-        return Group(table)
-    only = ", the only place where that can be done" if target.build_on_device else ""
-    heading = f"\nTo build and time an engine with TensorRT on the device{only}:"
-    return Group(table, heading, Text(target.commands_on_device()))
-
-
-def _fields(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    for name, field in type(model).model_fields.items():
-        value, meaning = getattr(model, name), field.description or ""
-        if isinstance(value, BaseModel):
-            yield from _fields(value, f"{prefix}{name}.")
-        elif name == "peak":
-            for unit, peak in value.items():
-                sparse = f", {peak.sparse24:g} with 2:4" if peak.sparse24 else ""
-                energy = f", {peak.pj_per_flop:g} pJ a FLOP" if peak.pj_per_flop else ""
-                yield f"peak.{unit}", f"{peak.dense:g}{sparse}{energy}", "peak rate, TFLOP/s or TOP/s"
-        elif value not in (None, "", []) and name != "device_commands":
-            yield prefix + name, _shown(value), meaning
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _normal(name: str) -> str:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 import lsp_deploy.hardware.target as target_module
 from lsp_deploy.errors import UserError
-from lsp_deploy.hardware.target import Kernels, Peak, Target, list_targets, load_target, target_details, target_table
+from lsp_deploy.hardware.target import Kernels, Peak, Target, list_targets, load_target
+from lsp_deploy.hardware.target_tables import target_details, target_table
 
 FOLDER = Path(target_module.__file__).parent / "targets"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
