@@ -292,7 +292,9 @@ def export(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Download trained weights.")] = False,
-    opset: Annotated[int, typer.Option("--opset", min=13, max=23, help="ONNX opset.")] = 17,
+    opset: Annotated[
+        int | None, typer.Option("--opset", min=13, max=23, help="ONNX opset.", show_default="17; dynamo 18")
+    ] = None,
     image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Pixels a side.")] = None,
     num_classes: Annotated[int | None, typer.Option("--num-classes", min=1, help="Classes of the head.")] = None,
     exporter: Annotated[Exporter, typer.Option("--exporter", help="PyTorch's exporter.")] = Exporter.TORCHSCRIPT,

@@ -30,6 +30,7 @@ INPUT_NAME, OUTPUT_NAME = "pixel_values", "logits"
 
 # What each exporter of torch can write; below its minimum the dynamo exporter writes another opset than asked for.
 _OPSETS: dict[Exporter, tuple[int, int]] = {"torchscript": (13, 20), "dynamo": (18, 23)}
+_DEFAULT_OPSETS: dict[Exporter, int] = {"torchscript": 17, "dynamo": 18}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def export_model(
     output: Path,
     *,
     pretrained: bool = False,
-    opset: int = 17,
+    opset: int | None = None,
     image_size: int | None = None,
     num_classes: int | None = None,
     exporter: Exporter = "torchscript",
@@ -72,7 +73,7 @@ def export_model(
         spec: `timm:` and the name of the model, with or without a tag: `timm:vit_tiny_patch16_224.augreg_in21k`.
         output: ONNX file to write.
         pretrained: download trained weights; otherwise they are random, the same for the same seed.
-        opset: of the file.
+        opset: of the file; 17 if None, 18 by the dynamo exporter.
         image_size: height and width in pixels; the model's own if None.
         num_classes: of the head; the model's own if None.
         exporter: torchscript (opset 13 to 20) or dynamo (opset 18 to 23).
@@ -84,6 +85,7 @@ def export_model(
             exporter does not write, weights that cannot be had, or PyTorch and timm not installed.
     """
     name = _timm_name(spec)
+    opset = _DEFAULT_OPSETS[exporter] if opset is None else opset
     lowest, highest = _OPSETS[exporter]
     if not lowest <= opset <= highest:
         other = "dynamo" if exporter == "torchscript" else "torchscript"
@@ -237,7 +239,10 @@ def _create(
 def _check_name(timm: Any, name: str) -> None:
     architecture, dot, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        known = timm.list_models()
+        # A name that stops short (deit_tiny) is like none by its letters.
+        near = [name for name in known if architecture in name][:3]
+        near = near or difflib.get_close_matches(architecture, known, n=3)
         hint = f"; near it are {', '.join(near)}" if near else "; timm.list_models() lists them"
         raise UserError(f"timm has no model {architecture!r}{hint}")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]

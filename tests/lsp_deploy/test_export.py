@@ -107,6 +107,13 @@ def test_dynamo_exporter_honours_opset_and_batch_and_keeps_paths_out(tmp_path: P
     np.testing.assert_allclose(_run(path, images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_each_exporter_has_a_default_opset_that_it_writes(tmp_path: Path) -> None:
+    result = export_model("timm:test_vit", tmp_path / "m.onnx", num_classes=10, image_size=64, exporter="dynamo")
+    assert result.opset == 18
+    model = onnx.load(tmp_path / "m.onnx")
+    assert next(opset.version for opset in model.opset_import if not opset.domain) == 18
+
+
 def test_fixed_batch_and_old_opset(tmp_path: Path) -> None:
     result = export_model("timm:test_vit", tmp_path / "m.onnx", image_size=64, batch=2, opset=13)
     model = onnx.load(result.path)
@@ -133,6 +140,7 @@ def test_convolutional_network_takes_any_image_size(tmp_path: Path) -> None:
         ("deit_small_patch16_224", {}, "timm:deit_small_patch16_224"),
         ("timm:", {}, "name a timm model"),
         ("timm:deit_smal_patch16_224", {}, "deit_small_patch16_224"),
+        ("timm:deit_tiny", {}, "deit_tiny_patch16_224"),
         ("timm:vit_base_patch16_224.nope", {}, "augreg_in1k"),
         ("timm:vit_small_patch16_224.dino", {"image_size": 32}, "--num-classes"),
         ("timm:test_convnext", {"image_size": 4}, "does not take images of 4x4 pixels"),
