@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # A figure, not a part of a name: the 8 of int8, the 2 of 2:4 and the 0 of blocks.0 stay as they are.
-_FIGURE = re.compile(r"(?<![\w.:/\N{MINUS SIGN}-])-?\d+(?:\.\d+)?(?![\w:/]|\.\w)")
+_FIGURE = re.compile(r"(?<![\w.:/\N{MINUS SIGN}-])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w:/]|\.\w)")
 
 
 @dataclass(frozen=True)
