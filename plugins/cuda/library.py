@@ -52,6 +52,7 @@ _SIGNATURES = {
     "lsp_cuda_tactics": (ctypes.c_int, _Pointer),
     "lsp_cuda_tactic_name": (ctypes.c_char_p, _Pointer, ctypes.c_int),
     "lsp_cuda_tactic_density": (ctypes.c_double, _Pointer, ctypes.c_int),
+    "lsp_cuda_default_tactic": (ctypes.c_char_p, _Pointer, ctypes.c_int64, ctypes.POINTER(ctypes.c_int)),
     "lsp_cuda_table": (_Pointer, _Pointer, ctypes.c_int, ctypes.POINTER(ctypes.c_size_t)),
     "lsp_cuda_launch": (ctypes.c_char_p, _Pointer, *_OPERANDS, _Pointer),
 }
@@ -129,6 +130,16 @@ class Plan:
     def density(self, tactic: int) -> float:
         """Return the share of x's slices that a tactic loads, over its column tiles."""
         return float(self._c.lsp_cuda_tactic_density(self._handle, tactic))
+
+    def default_tactic(self, rows: int) -> int:
+        """Return the tactic that is estimated to be the fastest for so many rows on the current device.
+
+        Raises:
+            ValueError: there is no device, or no tactic runs on it.
+        """
+        tactic = ctypes.c_int()
+        _raise(self._c.lsp_cuda_default_tactic(self._handle, rows, tactic))
+        return tactic.value
 
     def table(self, tactic: int) -> NDArray[np.int32]:
         """Return a copy of the table that a launch of this tactic wants in the device's memory, int32 [words]."""

@@ -151,6 +151,24 @@ def test_clustering_lets_tiles_share_their_slices(library: CudaLibrary) -> None:
             np.testing.assert_array_equal(layer.run(plan, tactic), expected(layer))
 
 
+def test_the_default_tactic_follows_rows_and_device(library: CudaLibrary) -> None:
+    """Few rows are dealt out in small tiles; where there are many for each multiprocessor, large ones load less."""
+    layer = make_layer(
+        1, (768, 768), (32, 32), density=0.5, values_type=FLOAT16, draw=small_integers, seed=0, out_type=FLOAT16
+    )
+
+    def tile_rows(rows: int, multiprocessors: int) -> int:
+        library.c.lsp_cuda_emulated_device(multiprocessors, 1 << 20, 0)
+        return int(plan.tactics[plan.default_tactic(rows)].split("x")[0])
+
+    with layer.plan(library) as plan:
+        assert tile_rows(1, 132) == 32
+        assert tile_rows(200, 132) < 128 <= tile_rows(200, 2)
+        assert tile_rows(100_000, 132) >= 128
+        with pytest.raises(ValueError, match="M must be at least 1"):
+            plan.default_tactic(0)
+
+
 def test_a_wrong_order_of_values_is_noticed(library: CudaLibrary) -> None:
     layer = make_layer(33, (64, 64), (32, 32), density=0.5, values_type=FLOAT16, draw=reals, seed=1, out_type=FLOAT16)
     right = expected(layer)

@@ -52,6 +52,10 @@ const char* lsp_cuda_tactic_name(const lsp_cuda_plan*, int tactic);
 /* The share of x's slices that the tactic loads, over all its column tiles: the density that its loads see. */
 double lsp_cuda_tactic_density(const lsp_cuda_plan*, int tactic);
 
+/* The tactic that is estimated to be the fastest for M rows on the current device: for those who do not time them. It
+ * may differ from M to M. */
+const char* lsp_cuda_default_tactic(const lsp_cuda_plan*, int64_t M, int* tactic);
+
 /* The tactic's table, which launch wants in the device's memory, aligned to 16 bytes. */
 const void* lsp_cuda_table(const lsp_cuda_plan*, int tactic, size_t* bytes);
 

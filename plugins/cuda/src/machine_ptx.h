@@ -17,7 +17,10 @@ LSP_DEVICE int grid() { return gridDim.x; }
 LSP_DEVICE void barrier() { __syncthreads(); }
 
 // Shared memory is addressed by 32-bit numbers, and touched by volatile assembly alone, which keeps its order.
-LSP_DEVICE uint32_t shared_memory() { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes)); }
+// Through a shuffle, so that the compiler keeps the address: for SM90 it would read a special register in each step.
+LSP_DEVICE uint32_t shared_memory() {
+  return __shfl_sync(~0u, static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes)), 0);
+}
 
 template <class V>
 LSP_DEVICE V load(const V* from) {

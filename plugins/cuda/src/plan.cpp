@@ -175,7 +175,8 @@ Table table_of(const Kernel& kernel, const Groups& groups, int64_t block_n) {
     columns.resize(spans.size() / 2 * kernel.groups, -1);
   }
 
-  Table table{kernel, std::move(spans), 0, 0, 0, static_cast<int>(tiles.size()), 0};
+  const int64_t multiplied = std::count_if(sub_blocks.begin(), sub_blocks.end(), [](int32_t at) { return at >= 0; });
+  Table table{kernel, std::move(spans), 0, 0, 0, static_cast<int>(tiles.size()), loads(tiles), multiplied, 0};
   const auto append = [&](const std::vector<int32_t>& part) {
     const size_t at = table.words.size();
     table.words.insert(table.words.end(), part.begin(), part.end());
@@ -184,7 +185,7 @@ Table table_of(const Kernel& kernel, const Groups& groups, int64_t block_n) {
   table.groups = append(columns);
   table.slices = append(slices);
   table.sub_blocks = append(sub_blocks);
-  table.density = static_cast<double>(loads(tiles)) / (static_cast<double>(groups.slice_count) * table.n_tiles);
+  table.density = static_cast<double>(table.loaded) / (static_cast<double>(groups.slice_count) * table.n_tiles);
   return table;
 }
 

@@ -15,6 +15,7 @@ struct Table {
   std::vector<int32_t> words;
   size_t groups, slices, sub_blocks;  // spans begin at 0
   int n_tiles;
+  int64_t loaded, multiplied;  // slices of x and sub-blocks, of all column tiles
   double density;
 };
 

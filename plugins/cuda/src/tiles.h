@@ -12,6 +12,7 @@ constexpr Kernel kernel(const char* name) {
           Tile::M,
           Tile::SLICES,
           Tile::GROUPS,
+          Tile::SLICES / Tile::WARPS_K,
           Tile::THREADS,
           Tile::SHARED_BYTES,
           Tile::RAGGED,
@@ -22,6 +23,7 @@ constexpr Kernel kernel(const char* name) {
 template <class T>
 Kernels kernels_of() {
   static constexpr Kernel all[] = {
+      kernel<Tile<T, 256, 128, 4, 4, 1, 64, 4>>("256x128"),
       kernel<Tile<T, 128, 128, 2, 4, 1, 64, 4>>("128x128"),
       kernel<Tile<T, 128, 64, 2, 2, 1, 64, 4>>("128x64"),
       kernel<Tile<T, 128, 32, 4, 1, 1, 64, 4>>("128x32"),

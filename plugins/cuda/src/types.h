@@ -47,6 +47,7 @@ struct Tile {
   // Shared memory lets fewer in almost everywhere.
   static constexpr int BLOCKS = (ACCUMULATORS >= 64 ? 512 : 640) / THREADS;
 
+  static_assert(SHARED_BYTES <= 99 << 10, "every GPU from SM80 on has this much for a thread block");
   static_assert(GROUPS <= 8, "the mask has 8 bits");
   static_assert(M % (16 * WARPS_M) == 0 && N % (GROUP * WARPS_N) == 0 && SLICES % WARPS_K == 0,
                 "whole fragments for each warp");
@@ -76,7 +77,7 @@ struct Arguments {
 // One kernel of the library.
 struct Kernel {
   const char* name;
-  int type, M, slices, groups, threads, shared_bytes;
+  int type, M, slices, groups, slices_a_warp, threads, shared_bytes;  // slices: of a step
   bool ragged;
   void (*function)(Arguments);
 };

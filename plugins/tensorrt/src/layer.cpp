@@ -38,6 +38,12 @@ Layer::Layer(const Attributes& a) {
   plan_.reset(plan);
 }
 
+int Layer::default_tactic(int64_t M) const {
+  int tactic = 0;
+  if (const char* error = lsp_cuda_default_tactic(plan_.get(), M, &tactic)) throw std::runtime_error(error);
+  return tactic;
+}
+
 void Layer::launch(int tactic, int64_t M, const Buffers& b, cudaStream_t stream) {
   const void* memory = table(tactic, stream);
   if (const char* error = lsp_cuda_launch(plan_.get(), tactic, M, b.x, b.values, b.bias, b.scale, b.residual, b.y,

@@ -28,6 +28,9 @@ class Layer {
   int64_t sub_blocks() const { return lsp_cuda_sub_blocks(plan_.get()); }
   int tactics() const { return lsp_cuda_tactics(plan_.get()); }
 
+  // The tactic, counted from 0, for those who have timed none. Throws std::runtime_error.
+  int default_tactic(int64_t M) const;
+
   // Enqueues the kernel of a tactic, counted from 0. Its first launch on a device copies its table there, and waits.
   // Throws std::runtime_error.
   void launch(int tactic, int64_t M, const Buffers& buffers, cudaStream_t stream);

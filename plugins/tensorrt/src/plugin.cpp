@@ -180,8 +180,8 @@ int32_t Plugin::enqueue(const Tensor* input_descs, const Tensor* output_descs, c
                           static_cast<const float*>(inputs[SCALE]),
                           has_residual ? inputs[RESIDUAL] : nullptr,
                           outputs[0]};
-    // Where TensorRT timed nothing, the one with the largest tiles.
-    layer_->launch(tactic_ > 0 ? tactic_ - 1 : 0, M, buffers, stream);
+    // Where TensorRT timed nothing, the one that is estimated to be the fastest for these rows.
+    layer_->launch(tactic_ > 0 ? tactic_ - 1 : layer_->default_tactic(M), M, buffers, stream);
   });
 }
 
