@@ -45,6 +45,9 @@ class Fidelity(BaseModel):
     cosine: float = Field(description="mean cosine similarity of the samples' outputs")
     non_finite_samples: int = Field(0, description="samples for which the compressed model gave NaN or infinity")
     agreement_percent: float | None = Field(None, description="samples whose top-1 answer is the same")
+    dense_confidence_percent: float | None = Field(
+        None, description="mean probability of the dense model's own answers: the expected drop is at most this"
+    )
     expected_drop_points: float | None = Field(
         None, description="100 · mean(p_dense - p_compressed), both at the dense model's answer"
     )
@@ -202,10 +205,12 @@ def _answers(dense: NDArray[Any], compressed: NDArray[Any], finite: NDArray[np.b
     as_probabilities = _are_probabilities(dense)
     rows = np.arange(len(dense))
     p_dense, p_compressed = (scores if as_probabilities else _softmax(scores) for scores in (dense, safe))
-    lost = 100 * (p_dense[rows, answer] - np.where(finite, p_compressed[rows, answer], 0.0))
+    confidence = p_dense[rows, answer]
+    lost = 100 * (confidence - np.where(finite, p_compressed[rows, answer], 0.0))
     mean = float(lost.mean())
     fields: dict[str, Any] = {
         "agreement_percent": 100 * float((finite & (safe.argmax(axis=1) == answer)).mean()),
+        "dense_confidence_percent": 100 * float(confidence.mean()),
         "expected_drop_points": mean,
         # One sample says nothing about the spread: the interval is all that is possible.
         "expected_drop_low_points": -100.0,

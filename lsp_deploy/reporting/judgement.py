@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["budget_section", "run_warnings"]
 
+_UNSURE_PERCENT = 10.0  # a trained classifier gives its own answers several times this
+
 
 def budget_section(fidelity: Fidelity, recipe: Recipe) -> BudgetSection | None:
     """Return the loss budget and whether the compressed model kept it; None for a model without class scores."""
@@ -59,6 +61,8 @@ def run_warnings(
         warnings.append(f"the {budget.measure} top-1 loss is {budget.drop_points:.2f} points: {budget_words(budget)}")
     if budget is not None and budget.warning:
         warnings.append(budget.warning)
+    if budget is not None and (unsure := _unsure(fidelity, budget)):
+        warnings.append(unsure)
     if data.preprocess_from == "default" and data.calibration.kind == "images":
         warnings.append("the model does not say how its images are prepared: imagenet was assumed (--preprocess)")
     skipped = {dataset.name: dataset.skipped for dataset in (data.calibration, data.held_out) if dataset.skipped}
@@ -87,3 +91,15 @@ def run_warnings(
         elsewhere = "; TensorRT on the device itself can use them" if builder == "tensorrt_rtx" else ""
         warnings.append(f"2:4 zeros of {gain_nothing} layers gain no speed in the {builder} engine: {why}{elsewhere}")
     return warnings
+
+
+def _unsure(fidelity: Fidelity, budget: BudgetSection) -> str | None:
+    """Return why the expected loss says little: it is at most the probability that the dense model gives its answers."""
+    confidence = fidelity.dense_confidence_percent
+    if budget.measure != "expected" or confidence is None or confidence >= max(_UNSURE_PERCENT, budget.max_drop_points):
+        return None
+    return (
+        f"the dense model gives its own answers a probability of {formatting.percent(confidence)} on average, and the "
+        f"expected loss is at most that, whatever pruning does: a budget of {budget.max_drop_points:g} bounds little. "
+        "Are these class scores of a trained model, and images as it knows them? 500 labelled held-out images decide"
+    )

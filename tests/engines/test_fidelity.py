@@ -52,6 +52,7 @@ def test_against_a_plain_loop_over_samples():
     assert result.agreement_percent == pytest.approx(
         100 * np.mean([a.argmax() == b.argmax() for a, b in zip(dense, other, strict=True)])
     )
+    assert result.dense_confidence_percent == pytest.approx(100 * np.mean([softmax(a).max() for a in dense]))
     assert result.expected_drop_points == pytest.approx(100 * np.mean(lost))
     error = 100 * np.std(lost, ddof=1) / math.sqrt(40)
     assert result.expected_drop_standard_error == pytest.approx(error)

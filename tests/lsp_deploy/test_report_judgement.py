@@ -99,6 +99,26 @@ def test_block_zeros_that_an_operator_skips_are_no_warning() -> None:
     assert not any("ordinary MatMuls" in warning for warning in warnings)
 
 
+@pytest.mark.parametrize(
+    ("samples", "confidence", "max_drop", "warns"),
+    [
+        (100, 0.2, None, True),
+        (100, 9.9, None, True),
+        (100, 55.0, None, False),
+        (100, 55.0, 60.0, True),
+        (500, 0.2, None, False),
+    ],
+)
+def test_an_expected_loss_that_cannot_reach_the_budget_is_no_comfort(
+    samples: int, confidence: float, max_drop: float | None, warns: bool
+) -> None:
+    measured = fidelity(samples, **EXPECTED, **MEASURED, dense_confidence_percent=confidence)
+    budget = budget_section(measured, Recipe(target="a100", max_drop=max_drop))
+    assert budget is not None
+    warnings = run_warnings(data(), [], budget, Built(), measured)  # type: ignore[arg-type]
+    assert any(f"a probability of {confidence:g} % on average" in warning for warning in warnings) == warns
+
+
 def test_without_an_engine_nothing_is_said_of_its_kernels() -> None:
     plan = sample_plan(blocks=1, width=64)
     assert run_warnings(data(), layer_rows(plan, None), None, Built(not_built="--no-build"), fidelity()) == []  # type: ignore[arg-type]
