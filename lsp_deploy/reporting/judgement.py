@@ -94,7 +94,7 @@ def run_warnings(
 
 
 def _unsure(fidelity: Fidelity, budget: BudgetSection) -> str | None:
-    """Return why the expected loss says little: it is at most the probability that the dense model gives its answers."""
+    """Return why the expected loss says little: it is at most the probability that the dense model gives itself."""
     confidence = fidelity.dense_confidence_percent
     if budget.measure != "expected" or confidence is None or confidence >= max(_UNSURE_PERCENT, budget.max_drop_points):
         return None
