@@ -107,13 +107,7 @@ def _why_none(question: Question) -> str | None:
     times = question.timings.layers
     if all(does_not_pay(layer, question.target, "block", times[layer.name]) for layer in question.layers):
         return "left dense: zero blocks make no layer faster (measured)"
-    if not question.real_images:
-        return "left dense: auto prunes nothing without real images; name some with --calibration-data"
-    if question.loss is None:
-        return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
-    if question.pruner is None:
-        return f"left dense: {question.why_no_pruner}"
-    return None
+    return question.why_no_zeros
 
 
 def _pruner(question: Question) -> Pruner:

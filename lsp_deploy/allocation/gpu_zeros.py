@@ -69,7 +69,7 @@ def _may_have_blocks(question: Question) -> bool:
 
     A budget of another kind decides what is removed, and the LSP allocator counts FLOPs.
     """
-    if question.pruner is None or question.loss is None or not question.real_images:
+    if question.pruner is None or question.why_no_zeros is not None:
         return False
     return question.recipe.allocator == "exact" and question.pruner.asked_keep is None
 

@@ -60,6 +60,15 @@ class Question:
         """The loss budget in points."""
         return DEFAULT_MAX_DROP if self.recipe.max_drop is None else self.recipe.max_drop
 
+    @property
+    def why_no_zeros(self) -> str | None:
+        """Why `auto` adds zeros to no layer, whatever they would gain; None where it may."""
+        if not self.real_images:
+            return "left dense: auto prunes nothing without real images; name some with --calibration-data"
+        if self.loss is None:
+            return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
+        return f"left dense: {self.why_no_pruner}" if self.pruner is None else None
+
     def loss_of(self, plan: Plan) -> float:
         """Return the points that a plan loses.
 

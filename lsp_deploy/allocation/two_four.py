@@ -119,13 +119,7 @@ def _why_not(question: Question, plan: Plan, layer: LinearLayer) -> str | None:
         return reason
     if (no_gain := _no_gain(question, plan, layer)) is not None:
         return f"left dense: {no_gain}"
-    if not question.real_images:
-        return "left dense: auto prunes nothing without real images; name some with --calibration-data"
-    if question.loss is None:
-        return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
-    if question.pruner is None:
-        return f"left dense: {question.why_no_pruner}"
-    return None
+    return question.why_no_zeros
 
 
 def _no_gain(question: Question, plan: Plan, layer: LinearLayer) -> str | None:
