@@ -20,6 +20,7 @@ from lsp_deploy.files import atomic_path, sha256_of, write_text
 __all__ = [
     "AttentionDecision",
     "ExecutionDecision",
+    "Kernel",
     "LayerPlan",
     "Pattern",
     "Plan",
@@ -30,6 +31,7 @@ __all__ = [
     "save_plan",
 ]
 
+Kernel = Literal["engine", "block_sparse", "gather", "qgemm"]
 Pattern = Literal["dense", "2:4", "block"]
 _CONSTANT = "constant:"  # before the place of a constant, in plan.safetensors
 
@@ -79,10 +81,11 @@ class PrecisionDecision(_Strict):
 class ExecutionDecision(_Strict):
     """What multiplies a layer's matrices."""
 
-    kernel: Literal["engine", "block_sparse", "qgemm"] = Field(
+    kernel: Kernel = Field(
         "engine",
         description="engine: its own MatMul; block_sparse: lsp::BlockSparseLinear, which skips zero blocks and takes "
-        "in what follows the layer; qgemm: int8 in the form that ONNX Runtime runs in int8 on CPUs",
+        "in what follows the layer; gather: standard operators that skip them; qgemm: int8 in the form that ONNX "
+        "Runtime runs in int8 on CPUs",
     )
     times_us: dict[str, float] = Field(
         default_factory=dict, description="what each candidate took for the layer's shape, measured on this machine, µs"

@@ -38,11 +38,12 @@ class _Operands(NamedTuple):
 
 
 class InsertBlockSparsePass(ir.passes.InPlacePass):
-    """act(x @ W + b) + r becomes one lsp::BlockSparseLinear, where the plan's execution.kernel says block_sparse.
+    """act(x @ W + b) + r becomes one lsp::BlockSparseLinear, where the plan's kernel is block_sparse, or gather.
 
     Bias, activation (GELU in both forms, ReLU) and residual are taken in as far as nothing else reads what lies
     between. Blocks that are zero throughout are left out. Int8 layers quantize x inside: each for itself, also where
     several read one tensor. Runs on the float32 graph, before Q/DQ are inserted for the other layers.
+    `LowerOperatorsPass` makes gathers of those that the plan wants so.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -56,7 +57,7 @@ class InsertBlockSparsePass(ir.passes.InPlacePass):
         Raises:
             UserError: the plan does not belong to this model, lacks a scale, or asks for what the operator cannot do.
         """
-        layers = [layer for layer in self.plan.layers if layer.execution.kernel == "block_sparse"]
+        layers = [layer for layer in self.plan.layers if layer.execution.kernel in ("block_sparse", "gather")]
         nodes = layer_nodes(model.graph, layers)
         shared = SharedInitializers(model.graph)
         for layer in layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
@@ -23,13 +24,14 @@ class LowerOperatorsPass(ir.passes.InPlacePass):
     """lsp::BlockSparseLinear becomes MatMul, bias, activation and residual; lsp::Attention becomes MatMul and Softmax.
 
     In form `gather` MatMuls skip what is zero in a weight (plugins/block_sparse/lowering.py). int8 becomes Q/DQ in
-    either form. Names of inputs and outputs stay, and the model no longer imports the domain.
+    either form. Names of inputs and outputs stay, and a model without operators no longer imports the domain.
     """
 
-    def __init__(self, form: Form = "matmul") -> None:
-        """Take the form of linear layers."""
+    def __init__(self, form: Form = "matmul", selected: Callable[[str], bool] | None = None) -> None:
+        """Take the form of linear layers, and which operators to replace: all, or those of a selected name."""
         super().__init__()
         self.form: Form = form
+        self.selected = selected
         self.lowered: Counter[str] = Counter()
         """How many operators were replaced, by name."""
 
@@ -39,13 +41,14 @@ class LowerOperatorsPass(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"Q/DQ along an axis needs opset {MIN_OPSET}, the model has {opset}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replace the operators of all graphs of the model.
+        """Replace the operators in all graphs of the model.
 
         Raises:
             UserError: an operator that is not valid or of a later version.
         """
         self.lowered.clear()
-        nodes = operator_nodes(model)
+        found = operator_nodes(model)
+        nodes = [node for node in found if self.selected is None or self.selected(str(node.name))]
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
         InferShapesPass()(model)
@@ -57,7 +60,8 @@ class LowerOperatorsPass(ir.passes.InPlacePass):
             else:
                 block_sparse.lower(graph, node, self.form, model.opset_imports[""])
             self.lowered[node.op_type] += 1
-        del model.opset_imports[DOMAIN]
+        if len(nodes) == len(found):
+            del model.opset_imports[DOMAIN]
         NameFixPass()(model)
         InferShapesPass()(model)
         return ir.passes.PassResult(model, modified=True)

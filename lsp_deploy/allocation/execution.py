@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from lsp_deploy.allocation.masks import block_sums
 from lsp_deploy.allocation.question import Question
 from lsp_deploy.hardware.cpu_timings import CpuTimings, LayerTimes
-from lsp_deploy.plan import AttentionDecision, ExecutionDecision, LayerPlan, Plan, PrecisionDecision
+from lsp_deploy.plan import AttentionDecision, ExecutionDecision, Kernel, LayerPlan, Plan, PrecisionDecision
 
 if TYPE_CHECKING:
     from lsp_deploy.hardware.target import ElementType
@@ -24,11 +24,12 @@ _WORTH = 0.05  # of the time: for less, nothing is rounded to bf16
 _BF16_ATTENTION = "lsp bf16"
 _Name = TypeVar("_Name", bound=str)
 
-_KERNELS: dict[str, Literal["engine", "block_sparse", "qgemm"]] = {
+# Of a plan, by the candidate that was timed.
+_KERNELS: dict[str, Kernel] = {
     "matmul": "engine",
     "qgemm": "qgemm",
     "block_sparse": "block_sparse",
-    "gather": "block_sparse",  # where there is no library, engines run the operator as its stock operators
+    "gather": "gather",
 }
 
 
@@ -91,8 +92,8 @@ def linear_time_us(layer: LayerPlan) -> float | None:
     times, dtype = layer.execution.times_us, layer.precision.dtype
     if layer.sparsity.pattern == "2:4" and f"two_four {dtype}" in times:
         return times[f"two_four {dtype}"]
-    kernels = [kernel for kernel, name in _KERNELS.items() if name == layer.execution.kernel]
-    return next((times[f"{kernel} {dtype}"] for kernel in kernels if f"{kernel} {dtype}" in times), None)
+    (candidate,) = (candidate for candidate, kernel in _KERNELS.items() if kernel == layer.execution.kernel)
+    return times.get(f"{candidate} {dtype}")
 
 
 def _executed(plan: Plan, timings: CpuTimings, *, bf16_attention: bool) -> Plan:

@@ -41,6 +41,8 @@ GPU_CANDIDATES = (
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1)
 """Fractions of surviving blocks that a candidate which skips zero blocks is timed at."""
 
+_GATHER_WORTH = 0.9  # as in plugins/block_sparse/panels.py
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -78,24 +80,19 @@ class LayerTimes:
         return np.asarray(np.interp(np.asarray(density, np.float64), [place for place, _ in curve], times), np.float64)
 
     def usable(self, dtype: ElementType | None = None) -> list[str]:
-        """Return the candidates that a layer of an element type may take; of any type where None is given.
-
-        Stock operators stand in for the operator only where that is missing.
-        """
-        has_operator = any(name.startswith("block_sparse") for name in self.curves)
-        names = [name for name in self.curves if not (has_operator and name.startswith("gather"))]
-        return names if dtype is None else [name for name in names if type_of(name) == dtype]
+        """Return the candidates that a layer of an element type may take; of any type where None is given."""
+        return [name for name in self.curves if dtype is None or type_of(name) == dtype]
 
     def fastest(self, dtype: ElementType | None = None, density: float = 1.0) -> str:
         """Return the fastest candidate of an element type, or of any; the first of equals.
 
-        Of a layer without zeros, stock operators that skip zeros are the MatMul itself: their time is its time again.
+        Stock operators that skip zeros are taken only where they take a tenth less than the MatMul. Where they gain
+        less, they are that MatMul themselves, and their time is its time again.
 
         Raises:
             ValueError: none of that type was timed.
         """
-        names = [name for name in self.usable(dtype) if density < 1 or not name.startswith("gather")]
-        return min(names, key=lambda name: float(self.at(name, density)))
+        return min(self.usable(dtype), key=lambda name: float(self._as_taken(name, density)))
 
     def least_us(self, dtype: ElementType, density: ArrayLike = 1.0) -> NDArray[np.float64]:
         """Return the microseconds of the fastest candidate of an element type, at each density.
@@ -103,12 +100,20 @@ class LayerTimes:
         Raises:
             ValueError: none of that type was timed.
         """
-        return np.asarray(np.min([self.at(name, density) for name in self.usable(dtype)], axis=0), np.float64)
+        return np.asarray(np.min([self._as_taken(name, density) for name in self.usable(dtype)], axis=0), np.float64)
 
     def gain_from_zeros(self) -> float:
         """Return the microseconds that zero blocks save at best: the fastest dense time less the fastest of all."""
         dense, sparse = (float(self.at(self.fastest(None, density), density)) for density in (1.0, min(DENSITIES)))
         return dense - sparse
+
+    def _as_taken(self, candidate: str, density: ArrayLike) -> NDArray[np.float64]:
+        """Return the microseconds of a candidate, infinite where it is not to be taken."""
+        times = self.at(candidate, density)
+        if not candidate.startswith("gather"):
+            return times
+        gains = (np.asarray(density) < 1) & (times < _GATHER_WORTH * self.at("matmul fp32", density))
+        return np.where(gains, times, np.inf)
 
 
 @dataclass(frozen=True)

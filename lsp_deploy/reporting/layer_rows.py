@@ -31,8 +31,8 @@ WITHOUT_TWO_FOUR = frozenset({"onnxruntime", "tensorrt_rtx"})
 
 # What builders call a layer that multiplies.
 _MULTIPLIES = re.compile("gemm|matmul|conv|correlation|fully_connected|blocksparselinear", re.IGNORECASE)
-# A layer that was cut into parts for the builder has nodes <name>/0, <name>/1, ...
-_PART = re.compile(r"/\d+$")
+# A layer that was cut into parts has nodes <name>/0, <name>/1, ..., or <name>/panel_0/MatMul, ...
+_PART = re.compile(r"/(\d+|panel_\d+/MatMul)$")
 
 
 def layer_rows(

@@ -168,7 +168,8 @@ class LayerExecution(Section):
     """What multiplies a layer's matrices; times are of a model of this layer alone, at the opt shapes."""
 
     kernel: str = Field(
-        description="engine: its own MatMul; block_sparse: lsp::BlockSparseLinear; qgemm: ONNX Runtime's int8 form"
+        description="engine: its own MatMul; block_sparse: lsp::BlockSparseLinear; gather: stock operators that skip "
+        "zero blocks; qgemm: ONNX Runtime's int8 form"
     )
     times_us: dict[str, float] = Field(description="what each way to run it takes, measured on this machine")
     threads: int | None = Field(description="that they were measured with; null: not measured")

@@ -135,13 +135,17 @@ def _fuse_attention(model: ir.Model, plan: Plan) -> None:
 
 
 def _insert_operators(model: ir.Model, plan: Plan) -> Plan:
-    """Run layers by lsp::BlockSparseLinear where the plan says so; return the plan for the others."""
+    """Run layers by lsp::BlockSparseLinear, or by what it is lowered to; return the plan for the others."""
     from lsp_deploy.passes.chain_int8 import ChainInt8Pass
     from lsp_deploy.passes.insert_block_sparse import InsertBlockSparsePass
+    from lsp_deploy.passes.lower_operators import LowerOperatorsPass
 
     InsertBlockSparsePass(plan)(model)
+    gathers = {layer.name for layer in plan.layers if layer.execution.kernel == "gather"}
+    LowerOperatorsPass("gather", gathers.__contains__)(model)
     ChainInt8Pass()(model)
-    return _of_layers(plan, {layer.name for layer in plan.layers if layer.execution.kernel != "block_sparse"})
+    rest = {layer.name for layer in plan.layers if layer.execution.kernel not in ("block_sparse", "gather")}
+    return _of_layers(plan, rest)
 
 
 def _write_qgemms(model: ir.Model, plan: Plan) -> Plan:

@@ -90,15 +90,17 @@ def _check(plan: Plan, prepared: PreparedModel, target: Target, path: Path) -> N
 def _cannot_run(decided: LayerPlan, layer: LinearLayer, block: tuple[int, int], target: Target) -> str | None:
     """Return why a layer cannot be run the way its decision says, or None."""
     kernel, dtype = decided.execution.kernel, decided.precision.dtype
-    if kernel == "qgemm" and target.kind != "cpu":
-        return f"has execution.kernel qgemm, which engines for {target.name} do not have: write engine"
+    if kernel in ("qgemm", "gather") and target.kind != "cpu":
+        return f"has execution.kernel {kernel}, which engines for {target.name} do not have: write engine"
     if kernel == "block_sparse" and target.kind != "cpu":
         why_not = operator_cannot_run(decided, layer, block, target)
         return None if why_not is None else f"has execution.kernel block_sparse, but that {why_not}: write engine"
     if kernel == "qgemm" and dtype != "int8":
         return f"is {dtype}, and execution.kernel qgemm is for int8: write engine or block_sparse"
-    if kernel == "block_sparse" and layer.node.op_type == "Conv":
-        return "is a convolution, which execution.kernel block_sparse does not do: write engine"
+    if kernel == "gather" and dtype != "fp32":
+        return f"is {dtype}, and execution.kernel gather is for fp32: write block_sparse"
+    if kernel in ("block_sparse", "gather") and layer.node.op_type == "Conv":
+        return f"is a convolution, which execution.kernel {kernel} does not do: write engine"
     if target.kind == "cpu" and dtype == "bf16" and kernel != "block_sparse":
         return (
             f"is bf16, which on a CPU the operator alone computes in: write execution.kernel block_sparse, not {kernel}"

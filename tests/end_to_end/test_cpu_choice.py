@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_timer import RATES
 
 from lsp_deploy.files import sha256_of
 from lsp_deploy.plan import Plan, load_plan
@@ -78,6 +79,27 @@ def test_blocks_to_a_latency_that_was_measured(compress) -> None:
     assert not any("ordinary MatMuls" in warning for warning in report_of("sparse")["warnings"])
 
 
+def test_gathers_where_they_are_the_fastest(compress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the operator has portable kernels only."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.setitem(RATES, "gather fp32", 2.0)
+    typed = ("--precision", "fp32", "--sparsity", "block", "--block", "16x16", "--flops", "0.3", "--recover", "none")
+    result = compress(*typed)
+    assert result.code == 0, result.err
+    sparse = [layer for layer in report_of()["layers"] if layer["sparsity"]["pattern"] == "block"]
+    assert sparse and {layer["execution"]["kernel"] for layer in sparse} == {"gather"}
+    for layer in sparse:
+        assert layer["execution"]["reason"].startswith("gather fp32: ")
+        assert layer["time_ms"] * 1000 == pytest.approx(layer["execution"]["times_us"]["gather fp32"])
+        gone = layer["structure"] is not None and layer["structure"]["K"] == 0
+        assert layer["engine"]["matches_request"] is (None if gone else True), layer["engine"]
+    assert any("/panel_" in (layer["engine"]["layer"] or "") for layer in sparse)
+    assert "gather fp32" in result.out
+    again = compress("--plan", "out/plan.json", out="again")
+    assert again.code == 0, again.err
+    assert sha256_of(Path("out/model.onnx")) == sha256_of(Path("again/model.onnx"))
+
+
 def test_a_plan_that_cannot_run_so_is_refused(compress) -> None:
     assert compress("--precision", "bf16", "--sparsity", "none", "--no-build").code == 0
     path = Path("out/plan.json")
@@ -85,6 +107,7 @@ def test_a_plan_that_cannot_run_so_is_refused(compress) -> None:
     for place, kernel, dtype, words in (
         (1, "engine", "bf16", "bf16"),
         (1, "qgemm", "fp32", "qgemm is for int8"),
+        (1, "gather", "bf16", "gather is for fp32"),
         (0, "block_sparse", "fp32", "convolution"),
     ):
         changed = json.loads(json.dumps(whole))

@@ -30,7 +30,11 @@ def test_nothing_of_an_earlier_model_stays(run, demo: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "value", "words"),
-    [("layers", "qgemm", "execution.kernel qgemm"), ("attention", "lsp", "attention.kernel lsp")],
+    [
+        ("layers", "qgemm", "execution.kernel qgemm"),
+        ("layers", "gather", "execution.kernel gather"),
+        ("attention", "lsp", "attention.kernel lsp"),
+    ],
 )
 def test_engines_of_a_gpu_have_no_kernels_of_a_cpu(run, bare: Path, place: str, value: str, words: str) -> None:
     common = ("compress", bare.name, "--target", "a100", "--no-build")

@@ -136,6 +136,25 @@ def test_zeros_that_leave_blocks_out(canonical, feeds, int8):
     np.testing.assert_allclose(logits(model, feeds), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+def test_a_layer_as_gathers_beside_operators(canonical, feeds, int8):
+    plan = int8.branch()
+    plan.block_shape = (16, 16)
+    gathers = [one.name for one in plan.layers if one.role == "fc1"]
+    for decided in plan.layers:
+        decided.execution.kernel, decided.precision.dtype = "block_sparse", "fp32"
+        if decided.name in gathers:
+            decided.execution.kernel = "gather"
+            decided.sparsity.pattern = "block"
+            plan.masks[decided.name] = np.repeat(np.arange(decided.K) // 16 % 2 == 0, decided.N).reshape(decided.K, -1)
+    model = applied(canonical, plan)
+    names = {str(node.name) for node in model.graph}
+    assert operators(model)["BlockSparseLinear"] == len(plan.layers) - len(gathers)
+    assert operators(model)["Gather"] == operators(canonical)["Gather"] + len(gathers)
+    assert {f"{name}/panel_0/MatMul" for name in gathers} <= names
+    expected = logits(apply_decisions(canonical, plan), feeds)
+    np.testing.assert_allclose(logits(model, feeds), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_attention_as_one_operator(canonical, feeds, int8, compute):
     plan = int8.branch()

@@ -185,11 +185,16 @@ def test_typed_bf16_is_the_operators_but_for_convolutions(ask: Ask) -> None:
     assert plan.compute_type == "fp32" and plan.attention.compute == "bf16"
 
 
-def test_without_the_operator_stock_operators_run_what_is_sparse(ask: Ask) -> None:
-    stock = {name: USUAL[name] for name in ("matmul fp32", "qgemm int8", "gather fp32")}
-    plan, _ = decide(ask(precision="fp32", sparsity="block", flops=0.4, curves=stock))
+STOCK = {name: USUAL[name] for name in ("matmul fp32", "qgemm int8", "gather fp32")}
+
+
+@pytest.mark.parametrize("slow_operator", [{}, {"block_sparse fp32": {1.0: 400.0, 0.5: 220.0, 0.1: 90.0}}])
+def test_stock_operators_run_what_is_sparse_where_the_operator_is_missing_or_slow(
+    ask: Ask, slow_operator: Curves
+) -> None:
+    plan, _ = decide(ask(precision="fp32", sparsity="block", flops=0.4, curves=STOCK | slow_operator))
     for layer in inside(plan):
-        assert layer.execution.kernel == "block_sparse"
+        assert layer.execution.kernel == "gather"
         assert layer.execution.reason.startswith("gather fp32: ")
         assert linear_time_us(layer) == layer.execution.times_us["gather fp32"] < 200
 

@@ -75,9 +75,10 @@ def test_of_several_engine_layers_the_one_that_multiplies_counts(plan: Plan) -> 
         assert layer_rows(plan, info("tensorrt_rtx", *records))[1].engine.layer == "b"
 
 
-def test_a_layer_that_was_cut_into_parts_is_found_by_them(plan: Plan) -> None:
+@pytest.mark.parametrize("part", ["{}", "panel_{}/MatMul"])
+def test_a_layer_that_was_cut_into_parts_is_found_by_them(plan: Plan, part: str) -> None:
     name = plan.layers[1].name
-    parts = [f"{name}/{number}" for number in range(3)]
+    parts = [f"{name}/{part.format(number)}" for number in range(3)]
     merged = LayerRecord(name="all", kind="gemm", precision="int8", onnx_nodes=parts)
     engine = layer_rows(plan, info("tensorrt_rtx", merged))[1].engine
     assert (engine.layer, engine.matches_request) == ("all", True)

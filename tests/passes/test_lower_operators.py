@@ -219,6 +219,22 @@ def test_a_later_operator_is_refused():
         LowerOperatorsPass()(model)
 
 
+def test_only_selected_operators():
+    model = case(K=64, N=64).model(dynamic=False)
+    (node,) = model.graph
+    y = node.outputs[0]
+    again = ir.Node("lsp", "BlockSparseLinear", [y, *node.inputs[1:]], node.attributes.values(), name="second")
+    model.graph.append(again)
+    again.outputs[0].name = "z"
+    model.graph.outputs[0] = again.outputs[0]
+    rewrite = LowerOperatorsPass("gather", lambda name: name == "second")
+    assert rewrite(model).modified and not rewrite(model).modified
+    assert [node.op_type for node in model.graph if node.domain] == ["BlockSparseLinear"]
+    assert "lsp" in model.opset_imports
+    assert LowerOperatorsPass()(model).modified
+    assert "lsp" not in model.opset_imports
+
+
 def test_unknown_rank_is_refused_by_gather_alone():
     one = case(K=768, N=768, block=(32, 64), zeros=0.9)
     model = one.model()
