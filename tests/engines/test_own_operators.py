@@ -35,7 +35,7 @@ def assert_right(y, expected):
 
 
 @needs_library
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(one=cpu_cases())
 def test_native(one):
     with OnnxRuntimeEngine.from_model(one.model(), threads=1) as engine:
@@ -44,7 +44,7 @@ def test_native(one):
 
 
 @needs_library
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(one=cpu_cases(dtypes=("bfloat16", "int8"), blocks=st.sampled_from(BSL16_SHAPES)))
 def test_native_from_bsl16(one):
     model = one.in_layout("bsl16.v1").model()

@@ -69,7 +69,7 @@ def test_interleaved_gives_every_four_two_of_the_better_half(size: int, seed: in
     assert len(order[4 * fours :]) == rest
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 24), st.integers(0, 2**31), st.sampled_from(["sorted", "interleaved"]))
 def test_a_rotation_is_orthogonal_and_keeps_the_ones(d: int, seed: int, arrangement: str) -> None:
     rows = torch.from_numpy(np.random.default_rng(seed).standard_normal((2 * d, d)))
@@ -78,7 +78,7 @@ def test_a_rotation_is_orthogonal_and_keeps_the_ones(d: int, seed: int, arrangem
     torch.testing.assert_close(R.sum(dim=0), torch.ones(d, dtype=R.dtype), rtol=0, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 4))
 def test_a_rotation_concentrates_what_lies_in_few_directions(seed: int, rank: int) -> None:
     d = 48

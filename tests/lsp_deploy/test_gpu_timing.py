@@ -190,7 +190,7 @@ def test_break_even() -> None:
     assert break_even_zeros(curve, 10.0) == pytest.approx(0.4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(1, 100), min_size=4, max_size=4), st.floats(0.5, 120))
 def test_at_its_break_even_the_operator_takes_as_long_as_the_dense_layer(times: list[float], dense: float) -> None:
     curve = dict(zip(GPU_DENSITIES, times, strict=True))

@@ -93,7 +93,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         refused(path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=64))
 def test_no_bytes_give_an_empty_model(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "noise.onnx"
@@ -101,7 +101,7 @@ def test_no_bytes_give_an_empty_model(tmp_path: Path, content: bytes) -> None:
     refused(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=4))
 def test_damaged_models_load_whole_or_not_at_all(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     weight = np.ones((16, 2), np.float32)

@@ -35,7 +35,7 @@ def moments_of(x: np.ndarray, y: np.ndarray, weight: np.ndarray, *, bias: bool) 
     return moments
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.booleans(), st.sampled_from([(4, 3), (1, 1), (12, 2)]))
 def test_each_column_is_the_minimum_of_its_ridge_problem(seed: int, bias: bool, block: tuple[int, int]) -> None:
     generator = np.random.default_rng(seed)

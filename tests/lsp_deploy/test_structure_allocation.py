@@ -81,7 +81,7 @@ def test_a_side_that_is_not_pruned_cannot_be_the_one_that_dies() -> None:
     assert removals["fc1"][1].tolist() == [0, 3, 8]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS)
 def test_without_preference_nothing_changes(seed: int) -> None:
     scores, costs = random_scores(seed)
@@ -90,7 +90,7 @@ def test_without_preference_nothing_changes(seed: int) -> None:
         assert np.array_equal(damage, np.concatenate([[0.0], np.cumsum(scores[name][order])]))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.floats(0, 1))
 def test_a_unit_does_the_damage_of_the_whole(seed: int, preference: float) -> None:
     scores, costs = random_scores(seed)
@@ -114,7 +114,7 @@ def test_a_unit_does_the_damage_of_the_whole(seed: int, preference: float) -> No
         assert whole == pytest.approx((1 - preference) * total + preference * min(sides))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.floats(0.4, 0.95))
 def test_more_whole_units_die_at_equal_cost(seed: int, budget: float) -> None:
     assert dead_at(seed, budget, 0.0) <= dead_at(seed, budget, 1.0)

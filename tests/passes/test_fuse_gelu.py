@@ -99,14 +99,14 @@ def products(draw: st.DrawFn, factors: tuple[str, ...], name: str) -> str:
     return " ".join(nodes)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(result=products(("x", "half", "shifted"), "y"), swap=st.booleans())
 def test_fuses_erf_form_in_any_order(result: str, swap: bool) -> None:
     shifted = "shifted = Add(one, f)" if swap else "shifted = Add(f, one)"
     assert fused(model(ERF, shifted, result)) == "none"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     cube=products(("x", "x", "x", "cubic"), "small"),
     inner=products(("sum", "outer"), "inner"),

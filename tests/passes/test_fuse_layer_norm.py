@@ -130,7 +130,7 @@ def test_fuses_without_gamma_and_beta() -> None:
     np.testing.assert_array_equal(node.inputs[1].const_value.numpy(), np.ones(8))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     epsilon=st.floats(1e-12, 0.1),
     width=st.integers(2, 33),

@@ -301,7 +301,7 @@ def test_a_convolution_is_refused():
         InsertBlockSparsePass(plan_for("y"))(model)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     k=st.integers(1, 50),
     n=st.integers(1, 50),

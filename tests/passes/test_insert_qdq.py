@@ -167,7 +167,7 @@ def test_old_opset_is_a_broken_contract():
         InsertQdqPass(int8_plan("y"))(graph(ONE, opset=12, w=W))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     weight=arrays(np.float32, (4, 3), elements=st.floats(-1e4, 1e4, width=32)),
     mask=arrays(np.bool_, (4, 3)),

@@ -38,13 +38,13 @@ def assert_lowered(one, form, *, opset=20, optimize=False, dynamic=True):
     return model
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(one=cpu_cases(), form=st.sampled_from(FORMS), opset=st.sampled_from([13, 17, 20, 21]))
 def test_outputs(one, form, opset):
     assert_lowered(one, form, opset=opset)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(one=cpu_cases(dtypes=("bfloat16", "int8"), blocks=st.sampled_from(BSL16_SHAPES)), form=st.sampled_from(FORMS))
 def test_outputs_from_bsl16(one, form):
     assert_lowered(one.in_layout("bsl16.v1"), form)

@@ -239,7 +239,7 @@ def test_old_opset_is_a_broken_contract():
         QgemmFormPass(int8_plan(m=W))(graph(BIASED, opset=13, w=W, b=B))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     leading=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     dynamic=st.sets(st.integers(0, 2)),

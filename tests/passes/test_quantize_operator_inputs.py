@@ -31,7 +31,7 @@ def outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     st.booleans(),
     st.integers(0, 1 << 30),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_same_is_computed(k: int, n: int, offset: float, residual: bool, seed: int) -> None:
     one = case("int8", K=k, N=n, x_offset=offset, residual=residual, seed=seed)
     model = one.model()

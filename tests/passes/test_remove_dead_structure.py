@@ -113,7 +113,7 @@ def test_dead_on_either_side_together() -> None:
     assert found.removed[0].columns.tolist() == list(range(3, 12))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sets(st.integers(0, 11)), st.sets(st.integers(0, 11)))
 def test_any_dead_neurons(columns: set[int], rows: set[int]) -> None:
     model = mlp(w1=without(normal(8, 12), columns=columns), w2=without(normal(12, 8), rows=rows))
@@ -123,7 +123,7 @@ def test_any_dead_neurons(columns: set[int], rows: set[int]) -> None:
     assert shapes(found) == (expected if dead < 12 else {"m": (0, 0), "n": (0, 0)})
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.sets(st.integers(0, 11)))
 def test_layer_with_two_four_zeros_loses_rows_in_fours(columns: set[int]) -> None:
     before = mlp(w1=without(normal(8, 12), columns=columns))

@@ -38,7 +38,7 @@ def shapes_of(draw: st.DrawFn, count: int) -> list[int]:
     return draw(st.permutations([*shape, *draw(st.lists(st.just(1), max_size=2))]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), shape=st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))
 def test_moves_are_those_of_numpy(data: st.DataObject, shape: list[int]) -> None:
     view, array = View.whole(shape), np.arange(math.prod(shape)).reshape(shape)
@@ -65,7 +65,7 @@ def test_moves_are_those_of_numpy(data: st.DataObject, shape: list[int]) -> None
         assert np.array_equal(entries(view), array)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), shape=st.lists(st.sampled_from([2, 3, 4, 6]), min_size=1, max_size=3))
 def test_a_value_as_it_is_takes_any_shape(data: st.DataObject, shape: list[int]) -> None:
     new = data.draw(shapes_of(math.prod(shape)))

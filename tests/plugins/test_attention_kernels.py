@@ -20,9 +20,7 @@ from lsp_deploy.plugins.attention.reference import attention
 ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "portable")
 # bfloat16 differs where a probability lies so near the middle of two numbers that float32 rounds to the other one.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
-SETTINGS = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+SETTINGS = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(params=ISAS)

@@ -95,7 +95,7 @@ def test_inputs_that_are_refused(is_packed: bool, inputs: list[Any], reason: str
     assert reason in str(refused.value)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     images=st.integers(1, 2),
     repeats=st.integers(1, 3),

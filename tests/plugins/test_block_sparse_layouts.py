@@ -15,7 +15,7 @@ DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int8]
 SIZES = st.integers(1, 150)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     K=SIZES,
     N=SIZES,
@@ -97,7 +97,7 @@ def test_bsl16_follows_its_formulas(dtype, block, K, N, zeros):
     assert not weight[K:].any() and not weight[:, N:].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     K=SIZES,
     N=SIZES,

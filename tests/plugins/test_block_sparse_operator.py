@@ -22,7 +22,7 @@ def through_a_file(model):
     return ir.from_proto(onnx.ModelProto.FromString(ir.to_proto(model).SerializeToString()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(one=cpu_cases(), dynamic=st.booleans())
 def test_a_file_gives_back_what_was_written(one, dynamic):
     model = through_a_file(one.model(dynamic=dynamic))
@@ -33,7 +33,7 @@ def test_a_file_gives_back_what_was_written(one, dynamic):
         assert found.dtype == written.dtype
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(one=cpu_cases(dtypes=("bfloat16", "int8"), blocks=st.sampled_from(BSL16_SHAPES)))
 def test_the_other_layout_too(one):
     one = one.in_layout("bsl16.v1")

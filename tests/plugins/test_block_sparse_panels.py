@@ -20,7 +20,7 @@ def cost(operator, cuts):
     return total
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     columns=st.integers(1, 7),
     rows=st.sampled_from([2, 12, 40]),

@@ -44,7 +44,7 @@ def test_quantize_multiplies_with_the_rounded_reciprocal():
     np.testing.assert_array_equal(quantize(np.float32([1e9, -1e9, 0.25]), 0.1, 0.25), [127, -128, 0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(one=cpu_cases())
 def test_shape_type_and_range(one):
     y = one.expected()

@@ -62,7 +62,7 @@ def integer_layers(draw: st.DrawFn) -> Layer:
 
 
 @given(integer_layers(), st.integers(1, 5), st.sampled_from((1, 1 << 15, 1 << 26)), st.integers(0, 1 << 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_tactic_is_exact_on_integers(
     library: CudaLibrary, layer: Layer, multiprocessors: int, l2_bytes: int, seed: int
 ) -> None:

@@ -93,7 +93,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, relative: float) -> N
         assert np.abs(actual - expected).max(initial=0) <= relative * max(np.abs(expected).max(initial=0), 1e-6)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     outer=st.lists(st.integers(0, 5), min_size=0, max_size=3),
     size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
@@ -137,7 +137,7 @@ def test_linear_computes_what_the_reference_does(
     assert_close(actual, expected, 1e-2 if kind == "bfloat16" else 1e-5)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     B=st.integers(1, 3),
     S=st.integers(1, 40),

@@ -23,9 +23,7 @@ from lsp_deploy.plugins.block_sparse.reference import block_sparse_linear
 ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "neon_dot", "neon", "portable")
 FLOATS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-SETTINGS = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+SETTINGS = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 ACTIVATE = {

@@ -69,7 +69,7 @@ def operators_in(info: EngineInfo) -> dict[str, str]:
     st.sampled_from(((16, 16), (32, 64), (64, 32))),
     st.integers(0, 1 << 30),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_fields_hold_all_of_an_operator(form: str, k: int, n: int, block: tuple[int, int], seed: int) -> None:
     options = {**FORMS[form], "survives": None}
     operator = case(K=k, N=n, block=block, seed=seed, **options).in_layout("bsl16.v1").operator
