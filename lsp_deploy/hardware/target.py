@@ -210,7 +210,9 @@ class Target(_Strict):
         *,
         shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
         sparse_weights: bool = False,
-        plugin: str | None = None,
+        plugins: Sequence[str] = (),
+        build_flags: Sequence[str] = (),
+        run_flags: Sequence[str] = (),
     ) -> str:
         """Return the commands that build and time an engine on the device itself, ready to paste into a shell.
 
@@ -219,12 +221,12 @@ class Target(_Strict):
             engine: path of the engine to write.
             shapes: "min", "opt" and "max" input shapes by name; none for a model whose shapes are all fixed.
             sparse_weights: let TensorRT use its 2:4 kernels.
-            plugin: path of the plugin library there, for a model with operators of ours.
+            plugins: paths of plugin libraries there.
+            build_flags: further flags of trtexec as it builds.
+            run_flags: further flags of trtexec as it runs the engine.
         """
-        build, run = ["--stronglyTyped"], []
-        if plugin:
-            build.append(f"--dynamicPlugins={plugin}")
-            run.append(f"--dynamicPlugins={plugin}")
+        libraries = [f"--dynamicPlugins={plugin}" for plugin in plugins]
+        build, run = ["--stronglyTyped", *libraries, *build_flags], [*libraries, *run_flags]
         if sparse_weights:
             build.append("--sparsity=enable")
         if shapes:

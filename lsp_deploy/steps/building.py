@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lsp_deploy import console
 from lsp_deploy.files import make_folder
+from lsp_deploy.steps.trtexec import trtexec_flags
 
 if TYPE_CHECKING:
     from lsp_deploy.engines.protocol import BuildOptions, EngineInfo
@@ -106,9 +107,13 @@ def build_from(
 
 def _commands(model: Path, target: Target, options: BuildOptions, operators: bool) -> str:
     shapes = {"min": options.min_shapes, "opt": options.opt_shapes, "max": options.max_shapes}
+    plugins = [f"./{path.name}" for path in options.plugins]
+    build_flags, run_flags = trtexec_flags(options, model.name)
     return target.commands_on_device(
         *(model.name, f"{model.stem}.engine"),
         shapes=shapes if options.min_shapes != options.max_shapes else None,
         sparse_weights=options.sparse_weights,
-        plugin="./liblsp_block_sparse.so" if operators else None,
+        plugins=plugins or (["./liblsp_block_sparse.so"] if operators else []),
+        build_flags=build_flags,
+        run_flags=run_flags,
     )

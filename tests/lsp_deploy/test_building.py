@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -89,6 +90,32 @@ def test_the_device_needs_the_plugin_for_operators_of_ours(build, model):
     code, out, _ = build("operator.onnx", "--target", "h100", *shapes)
     assert code == 1
     assert out.count("--dynamicPlugins=./liblsp_block_sparse.so") == 2  # to build, and to run
+
+
+def test_the_commands_for_the_device_build_what_was_asked_for(build, model):
+    Path("libmine.so").write_text("")
+    options = ["--workspace-mb", 512, "--optimization-level", 2, "--timing-cache", "caches/t.cache", "--refittable"]
+    compatible = ["--version-compatible", "--hardware-compatible", "ampere-plus"]
+    code, out, _ = build(model, "--target", "h100", *options, *compatible, "--strip-weights", "--plugin", "libmine.so")
+    assert code == 1
+    building, running = (
+        shlex.split(line) for line in out.replace("\\\n", " ").splitlines() if line.startswith("trtexec")
+    )
+    assert {
+        *("--memPoolSize=workspace:512", "--builderOptimizationLevel=2", "--timingCacheFile=t.cache"),
+        *("--refit", "--versionCompatible", "--hardwareCompatibilityLevel=ampere+", "--stripWeights"),
+        "--dynamicPlugins=./libmine.so",
+    } < set(building)
+    assert {"--versionCompatible", "--refit", f"--refitFromOnnx={model.name}", "--dynamicPlugins=./libmine.so"} < set(
+        running
+    )
+
+
+def test_the_commands_name_no_option_that_was_not_asked_for(build, model):
+    _, out, _ = build(model, "--target", "h100")
+    assert not any(
+        word in out for word in ("--refit", "Compat", "--timingCache", "--memPool", "--builderOpt", "Plugins")
+    )
 
 
 def test_a_target_file_of_ones_own_is_as_good(build, model):
