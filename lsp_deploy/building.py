@@ -43,8 +43,8 @@ def build_model(source: Path, request: BuildRequest) -> Built:
     builder failed.
 
     Raises:
-        UserError: no usable model, no such target, shapes that do not fit, or options that the target's builder
-            does not have.
+        UserError: no usable model, no such target, shapes that do not fit, options that the target's builder does
+            not have, or an output that the engine is built from.
     """
     from lsp_deploy.hardware.target import load_target
     from lsp_deploy.model import load_model
@@ -56,6 +56,7 @@ def build_model(source: Path, request: BuildRequest) -> Built:
     if target.kind == "cpu":
         _refuse_tensorrt_options(request)
     model = load_model(path)
+    _refuse_to_overwrite(request, path, model)
     shapes = shapes_for(path, model, request.shapes)
     try:
         ValidateTargetPass(target.rules())(model)
@@ -163,6 +164,20 @@ def _refuse_tensorrt_options(request: BuildRequest) -> None:
         given.append("sparse_weights")
     if given:
         raise UserError(f"{request.target} is built by ONNX Runtime, which has no {', '.join(given)}")
+
+
+def _refuse_to_overwrite(request: BuildRequest, path: Path, model: ir.Model) -> None:
+    """Refuse to write over what the build reads."""
+    import onnx_ir as ir
+
+    weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    external = {Path(tensor.path) for tensor in weights if isinstance(tensor, ir.ExternalTensor)}
+    written = {"-o": request.output, "--timing-cache": request.options.timing_cache}
+    for flag, target in written.items():
+        if target is not None and target.exists():
+            for read in (path, *external, *request.options.plugins):
+                if target.samefile(read):
+                    raise UserError(f"{flag} {target} is a file that the engine is built from; choose another")
 
 
 def _default_engine(path: Path, backend: str, target: Target) -> Path:

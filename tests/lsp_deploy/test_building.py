@@ -243,6 +243,19 @@ def test_what_is_typed_wrong_exits_2(build, model, arguments, says):
     assert says in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("flag", ["-o", "--timing-cache"])
+@pytest.mark.parametrize("read", ["{model}", "weights.data", "libmine.so"])
+def test_what_the_engine_is_built_from_is_not_written_over(build, model, monkeypatch, flag, read):
+    use(monkeypatch, FakeBackend())
+    Path("libmine.so").write_text("a library")
+    ir.save(ir.load(model), "large.onnx", external_data="weights.data")
+    written = Path(read.format(model="large.onnx"))
+    before = written.read_bytes()
+    code, _, err = build("large.onnx", "--target", "h100", "--plugin", "libmine.so", flag, written)
+    assert code == 2 and f"{flag} {written} is a file that the engine is built from" in err
+    assert written.read_bytes() == before
+
+
 def test_a_folder_without_a_model_exits_2(build, model):
     Path("empty").mkdir()
     code, _, err = build("empty", "--target", "a100")
