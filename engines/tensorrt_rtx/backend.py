@@ -74,6 +74,12 @@ class TensorRtRtxBackend:
                 "TensorRT-RTX has no engines for other GPUs or later releases; leave hardware_compatibility and "
                 "version_compatible out"
             )
+        if (options.refittable or options.strip_weights) and first_gpu() is None:
+            # Its builder would end with a CHECK that failed, in a file of its own.
+            raise EngineBuildError(
+                "TensorRT-RTX builds engines that are refittable, or without weights, only where an NVIDIA GPU is; "
+                "leave refittable and strip_weights out here"
+            )
         major, minor = target.compute_capability.split(".")
         built = build_in_child(
             "tensorrt_rtx",

@@ -96,6 +96,17 @@ def test_an_engine_that_would_not_be_what_was_asked_is_refused(make_model, tmp_p
         TensorRtRtxBackend().build(make_model(), tmp_path / "e", load_target("a100"), SHAPES.model_copy(update=asked))
 
 
+@needs_builder
+@pytest.mark.parametrize("asked", ["refittable", "strip_weights"])
+def test_what_it_builds_with_a_gpu_only_is_said(
+    make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+):
+    monkeypatch.setattr("lsp_deploy.engines.tensorrt_rtx.backend.first_gpu", lambda: None)
+    options = SHAPES.model_copy(update={asked: True})
+    with pytest.raises(EngineBuildError, match="only where an NVIDIA GPU is; leave refittable and strip_weights out"):
+        TensorRtRtxBackend().build(make_model(), tmp_path / "e", load_target("a100"), options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
