@@ -7,10 +7,12 @@ PyTorch, so that what differs is the linear layers.
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from gpu_layers import BlockSparse, Dense, Weights, captured, random_weights
 
@@ -37,21 +39,26 @@ def compare_forwards(library: CudaLibrary, name: str, batch: int, density: float
     error = (outputs["dense"] - outputs["block-sparse"]).norm() / outputs["dense"].norm()
     graphs = {kind: captured([lambda network=network: network(patches)]) for kind, network in networks.items()}
     runs = {kind: _Run() for kind in graphs}
-    for _ in range(3):  # in turn, so that both see the same temperatures
+    # In turn, so that both see the same temperatures; long enough for a counter that moves ten times a second.
+    turns = max(2, round(energy_seconds / 10))
+    for _ in range(turns):
         for kind, graph in graphs.items():
-            runs[kind].add(graph, max(energy_seconds / 3, 0.3))
+            runs[kind].add(graph, max(energy_seconds / turns, 0.3))
     print(f"### {name}, batch {batch}, density {density:.2f} in blocks of {BLOCK[0]}x{BLOCK[1]}, float16\n")
     print(f"Outputs differ by {float(error):.1e} (relative norm).\n")
-    print("| network | ms a batch | images/s | J/image |\n|---|---:|---:|---:|")
+    idle = _idle_watts(energy_seconds / turns) if energy_seconds else None
+    print(f"Back to back; idle with both networks loaded: {'not measured' if idle is None else f'{idle:.0f} W'}.\n")
+    print("| network | ms a batch | images/s | W | J/image | J/image over idle |\n|---|---:|---:|---:|---:|---:|")
     for kind, run in runs.items():
-        joules = (
-            "not measured" if run.joules is None or not energy_seconds else f"{run.joules / run.batches / batch:.4f}"
-        )
-        ms = run.seconds / run.batches * 1000
-        print(f"| {kind} | {ms:.3f} | {batch / ms * 1000:.0f} | {joules} |", flush=True)
+        seconds, energy = run.seconds / run.batches / batch, ["not measured"] * 3
+        if run.joules is not None and idle is not None:
+            watts = run.joules / run.seconds
+            energy = [f"{watts:.0f}", f"{watts * seconds:.4f}", f"{(watts - idle) * seconds:.4f}"]
+        print(f"| {kind} | {seconds * batch * 1000:.3f} | {1 / seconds:.0f} | {' | '.join(energy)} |", flush=True)
     print()
 
 
+@functools.cache
 def _weights(width: int, density: float) -> list[Weights]:
     sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
     return [
@@ -91,7 +98,7 @@ def _sparse(library: CudaLibrary, weights: Weights, m: int, number: int) -> Line
     layer = BlockSparse(
         library, weights, BLOCK, activation=_activation(number), residual=DTYPE if number % 2 else None, copies=1
     )
-    tactic, _ = layer.fastest(x, y, residual)
+    tactic = int(np.argmin(layer.times_us(x, y, residual)))
 
     def run(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         y = torch.empty(x.shape[0], weights.weight.shape[1], device="cuda", dtype=DTYPE)
@@ -154,6 +161,15 @@ class _Run:
         self.seconds += time.perf_counter() - start
         after = energy_j()
         self.joules = None if before is None or after is None or self.joules is None else self.joules + after - before
+
+
+def _idle_watts(seconds: float) -> float | None:
+    """Return the mean power while nothing runs; None where the driver does not count energy."""
+    torch.cuda.synchronize()
+    before, start = energy_j(), time.perf_counter()
+    time.sleep(seconds)
+    after, took = energy_j(), time.perf_counter() - start
+    return None if before is None or after is None else (after - before) / took
 
 
 def energy_j() -> float | None:

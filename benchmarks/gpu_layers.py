@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -105,14 +106,13 @@ class BlockSparse:
         pointers = [tensor.data_ptr() if tensor is not None else None for tensor in tensors]
         self.plan.launch(tactic, x.shape[0], pointers, torch.cuda.current_stream().cuda_stream)
 
-    def fastest(self, x: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[int, float]:
-        """Return the fastest tactic for this x, and its time in µs."""
+    def times_us(self, x: torch.Tensor, y: torch.Tensor, residual: torch.Tensor | None = None) -> list[float]:
+        """Return the time of each tactic for this x, in µs."""
         copies = len(self.values)
-        times = [
+        return [
             time_us(lambda i, tactic=tactic: self(tactic, x, y, residual, i % copies))
             for tactic in range(len(self.tables))
         ]
-        return int(np.argmin(times)), min(times)
 
 
 class _Heuristic(ctypes.Structure):
@@ -130,16 +130,16 @@ class _Heuristic(ctypes.Structure):
 class Dense:
     """cublasLt on one layer, as fast as the best of its heuristics' suggestions, with the same epilogue.
 
-    Its GELU is the one with tanh. y = act(x @ W + bias), or x @ W + bias + residual.
+    Its GELU is the one with tanh. y = act(x @ W + bias), or x @ W + bias + residual; x @ W where `activation` is None.
     """
 
     _TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16: 14}  # noqa: RUF012
     _TRANSA, _EPILOGUE, _BIAS_POINTER, _MAX_WORKSPACE = 3, 7, 8, 1
-    _EPILOGUES = {"none": 4, "relu": 6, "gelu": 36, "gelu_tanh": 36}  # noqa: RUF012
+    _EPILOGUES = {None: 1, "none": 4, "relu": 6, "gelu": 36, "gelu_tanh": 36}  # noqa: RUF012
     _SUGGESTIONS = 12
     _handle: ctypes.c_void_p | None = None
 
-    def __init__(self, weights: Weights, m: int, *, activation: Activation, copies: int = COPIES) -> None:
+    def __init__(self, weights: Weights, m: int, *, activation: Activation | None, copies: int = COPIES) -> None:
         self.lt = _cublas_lt()
         if Dense._handle is None:
             Dense._handle = ctypes.c_void_p()
@@ -155,7 +155,8 @@ class Dense:
         self._check(self.lt.cublasLtMatmulDescCreate(ctypes.byref(self.matmul), 72 if int8 else 68, 0))
         self._set(self._TRANSA, ctypes.c_int32(1))
         self._set(self._EPILOGUE, ctypes.c_int32(self._EPILOGUES[activation]))
-        self._set(self._BIAS_POINTER, ctypes.c_uint64(self.bias.data_ptr()))
+        if activation is not None:
+            self._set(self._BIAS_POINTER, ctypes.c_uint64(self.bias.data_ptr()))
         dtype = self._TYPES[weights.dtype]
         self.a, self.b, self.d = (self._layout(dtype, *size) for size in ((k, n), (k, m), (n, m)))
         self.suggestions = self._suggest()
@@ -246,7 +247,22 @@ class TwoFour:
         )
 
 
-def time_us(enqueue: Callable[[int], object], launches: int = 2 * COPIES, replays: int = 9) -> float:
+def peak_tflops(library: Path, dtype: torch.dtype) -> float:
+    """Return what mma.sync does at most, in TFLOP/s: `mma_peak.cu`, compiled, multiplies and does nothing else."""
+    function = ctypes.CDLL(str(library)).mma_peak
+    function.argtypes = (*[ctypes.c_int] * 3, *[ctypes.c_void_p] * 2)
+    blocks, steps, int8 = 8 * torch.cuda.get_device_properties(0).multi_processor_count, 1000, dtype == torch.int8
+    out = torch.empty(blocks, 256, dtype=torch.int32, device="cuda")
+
+    def enqueue(_: int) -> None:
+        error = function(int8, blocks, steps, out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        if error:
+            raise RuntimeError(f"mma_peak: CUDA error {error}")
+
+    return blocks * steps * 64 * 2 * 16 * 8 * (32 if int8 else 16) / time_us(enqueue) * 1e-6
+
+
+def time_us(enqueue: Callable[[int], object], launches: int = 4 * COPIES, replays: int = 9) -> float:
     """Return the time of one launch in µs: the median over replays of a graph of them. `enqueue` gets their number."""
     graph = captured([lambda i=i: enqueue(i) for i in range(launches)])
     times = []

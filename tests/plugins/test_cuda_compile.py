@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from cuda_emulation import emulation, make_layer, small_integers
+from cuda_emulation import SOURCES, emulation, make_layer, small_integers
 from cuda_toolkit import ARCHITECTURES, Build, build, find_nvcc, known_architectures, release
 
 from lsp_deploy.plugins.cuda.library import CudaLibrary
@@ -79,6 +79,15 @@ def test_plans_are_those_of_the_emulation(kernels: Build, cache: Path) -> None:
         assert here.tactics == there.tactics and here.sub_blocks == there.sub_blocks == len(layer.values)
         for tactic in range(len(here.tactics)):
             np.testing.assert_array_equal(here.table(tactic), there.table(tactic))
+
+
+def test_the_benchmark_of_the_peak_compiles(tmp_path: Path) -> None:
+    assert NVCC is not None
+    source = SOURCES.parents[1] / "benchmarks" / "mma_peak.cu"
+    command = [NVCC, "-O3", "-std=c++17", "-arch=sm_90", "-Werror=all-warnings", "-ptx", source, "-o", tmp_path / "ptx"]
+    subprocess.run(command, check=True)
+    ptx = (tmp_path / "ptx").read_text()
+    assert ptx.count("mma.sync.aligned.m16n8k16") >= 8 and ptx.count("mma.sync.aligned.m16n8k32") >= 8
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
