@@ -15,7 +15,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ShapesOption = Annotated[str | None, typer.Option("--shapes", help="Input shapes, as x:1x3x224x224.")]
 RateOption = Annotated[
     float | None,
-    typer.Option("--rate", min=0.01, help="Requests a second, at fixed moments.  [default: back-to-back]"),
+    typer.Option("--rate", min=0.01, max=1e6, help="Requests a second, at fixed moments.  [default: back-to-back]"),
 ]
 TargetOption = Annotated[
     str, typer.Option("--target", help="Target's name or TOML file; `lsp-deploy targets` lists them.")

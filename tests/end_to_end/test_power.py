@@ -97,7 +97,8 @@ def test_a_meter_that_is_wanted_and_not_there_ends_it(run, bare: Path):
     assert result.err.splitlines()[-1] == ("error: --power: no meter in tests; leave it out to measure without power")
 
 
-def test_a_rate_is_above_zero(run, bare: Path):
-    result = run("profile", bare, *QUICK, "--rate", 0)
+@pytest.mark.parametrize("rate", [0, "inf", "nan"])
+def test_a_rate_is_above_zero_and_finite(run, bare: Path, rate):
+    result = run("profile", bare, *QUICK, "--rate", rate)
     assert result.code == 2
     assert "--rate" in result.err
