@@ -102,9 +102,13 @@ class AttentionDecision(_Strict):
     )
     compute: Literal["fp32", "bf16"] = Field("fp32", description="lsp: what its products are computed in")
     times_us: dict[str, float] = Field(
-        default_factory=dict, description="what each candidate took, measured on this machine, µs"
+        default_factory=dict,
+        description="what each candidate took in all layers that the operator computes, measured on this machine, µs",
     )
     threads: int | None = Field(None, description="that the candidates were timed with")
+    left: dict[str, str] = Field(
+        default_factory=dict, description="why others stay as exported, by the name of their Softmax or Attention"
+    )
     reason: str = Field("left to the engine", description="why this, in words for the report")
 
 

@@ -7,6 +7,7 @@ loses anything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -124,17 +125,23 @@ def _why(chosen: str, times: dict[str, float], timings: CpuTimings, density: flo
 
 
 def _attention(timings: CpuTimings, *, bf16: bool) -> AttentionDecision:
-    times = {name: round(time, 2) for name, time in timings.attention.items()}
+    times, left = {name: round(time, 2) for name, time in timings.attention.items()}, dict(timings.attention_left)
+    stay = [
+        f"{number} {'stays' if number == 1 else 'stay'} as exported: {why}"
+        for why, number in Counter(left.values()).items()
+    ]
     if not times:
-        return AttentionDecision(reason="left to the engine: no attention of a form that the operator takes was found")
+        return AttentionDecision(left=left, reason="; ".join(stay) or "left to the engine: no attention was found")
     chosen = _best({name: time for name, time in times.items() if bf16 or name != _BF16_ATTENTION}, _BF16_ATTENTION)
     others = "".join(f"; {name} {_us(time)}" for name, time in times.items() if name != chosen)
+    where = "other layers" if left else "layers"
     return AttentionDecision(
         kernel="lsp" if chosen.startswith("lsp") else "engine",
         compute="bf16" if chosen.endswith("bf16") else "fp32",
         times_us=times,
         threads=timings.threads,
-        reason=f"{chosen}: {_us(times[chosen])} in all layers{others} ({timings.conditions})",
+        left=left,
+        reason="; ".join([f"{chosen}: {_us(times[chosen])} in all {where}{others} ({timings.conditions})", *stay]),
     )
 
 

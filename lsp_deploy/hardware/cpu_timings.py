@@ -125,6 +125,8 @@ class CpuTimings:
     """By layer name."""
     attention: Mapping[str, float] = field(default_factory=dict)
     """All attention of the network, µs: "exported fp32", "lsp fp32", "lsp bf16"; empty where there is none to fuse."""
+    attention_left: Mapping[str, str] = field(default_factory=dict)
+    """Why other attention stays as exported, by the name of its Softmax or Attention."""
     disturbed: bool = False
     """Whether other programs took CPU time from what was timed."""
 

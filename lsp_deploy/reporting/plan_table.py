@@ -54,7 +54,7 @@ def plan_table(plan: Plan, pruning: Pruning | None = None) -> Group:
             row.execution.kernel,
         )
         table.add_row(*(Text(cell) for cell in cells))
-    attention = f"attention: {plan.attention.reason}" if plan.attention.times_us else None
+    attention = f"attention: {plan.attention.reason}" if plan.attention.times_us or plan.attention.left else None
     words = [attention, pruning_words(rows), loss_words(pruning_section(pruning), None, None)]
     return Group(table, Text(), reason_table(rows), *(Text(line) for line in words if line))
 

@@ -181,8 +181,11 @@ class AttentionExecution(Section):
 
     kernel: str = Field(description="engine: the operators as exported; lsp: lsp::Attention")
     compute: str = Field(description="what its products are computed in")
-    times_us: dict[str, float] = Field(description="what each way takes in all layers, measured on this machine")
+    times_us: dict[str, float] = Field(
+        description="what each way takes in all layers that the operator computes, measured on this machine"
+    )
     threads: int | None = Field(description="that they were measured with; null: not measured")
+    left: dict[str, str] = Field(description="why others stay as exported, by the name of their Softmax or Attention")
     reason: str = Field(description="why this")
 
 

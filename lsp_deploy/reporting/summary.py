@@ -32,7 +32,9 @@ def summary_renderables(report: Report) -> list[RenderableType]:
     pruning = pruning_words(report.layers, report.flops.linear_remaining_fraction)
     times = None if report.linear_time is None else linear_time_words(report.linear_time, report.layers)
     attention = report.attention_execution
-    fused = f"attention: {attention.reason}" if attention is not None and attention.times_us else None
+    fused = (
+        f"attention: {attention.reason}" if attention is not None and (attention.times_us or attention.left) else None
+    )
     parts += [Text(line) for line in (times, fused, pruning, loss) if line]
     words, *commands = _engine_lines(report)
     # Commands to be pasted are not broken; in a group, because a bare Text loses that when it is printed.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lsp_deploy.plugins.attention.operator import Compute
 
-__all__ = ["AttentionPart", "attention_parts"]
+__all__ = ["AttentionPart", "attention_left", "attention_parts"]
 
 _COMPUTE: dict[str, Compute] = {"lsp fp32": "float32", "lsp bf16": "bfloat16"}
 
@@ -62,6 +62,24 @@ def attention_parts(
         models = {candidate: _between(form, inputs, output) for candidate, form in forms.items()}
         parts.append(AttentionPart(models, _feeds(models["exported fp32"], shapes), counts[kind]))
     return parts
+
+
+def attention_left(model: ir.Model) -> dict[str, str]:
+    """Return why attention of a network stays as exported, by the name of its Softmax or Attention.
+
+    Args:
+        model: canonical, float32; it is not changed.
+    """
+    from lsp_deploy.passes.attention_pattern import is_candidate
+    from lsp_deploy.passes.fuse_attention import FuseAttentionPass
+    from lsp_deploy.plugins import library
+
+    rewrite = FuseAttentionPass()
+    rewrite(model.clone())
+    if library().path is not None:
+        return rewrite.left
+    names = [str(node.name) for node in model.graph if is_candidate(node)]
+    return {name: rewrite.left.get(name, "the operator's library is missing") for name in names}
 
 
 def _fused(model: ir.Model, candidate: str) -> ir.Model:

@@ -71,6 +71,8 @@ def time_layers(
     Raises:
         UserError: --precision bf16 without the operator's library.
     """
+    from lsp_deploy.steps.attention_candidates import attention_left
+
     shapes = {layer.name: layer_shape(layer, recipe.block_shape) for layer in prepared.layers}
     timer = timer or CpuLayerTimer(threads, candidates(target, bf16_is_typed=recipe.precision == "bf16"))
     distinct = list(dict.fromkeys(shapes.values()))
@@ -80,10 +82,12 @@ def time_layers(
             times[shape] = LayerTimes(shape, timer.curves(shape))
             advance(1)
         attention = timer.attention(prepared.canonical, prepared.shapes.opt)
+        left = attention_left(prepared.canonical)
         advance(1)
     if timer.disturbed:
         console.warn("other programs kept the CPU busy while layers were timed; where it is quiet, choices may differ")
-    return CpuTimings(threads, {name: times[shape] for name, shape in shapes.items()}, attention, timer.disturbed)
+    layers = {name: times[shape] for name, shape in shapes.items()}
+    return CpuTimings(threads, layers, attention, left, disturbed=timer.disturbed)
 
 
 def layer_shape(layer: LinearLayer, block: tuple[int, int]) -> LinearShape:

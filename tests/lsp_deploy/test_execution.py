@@ -54,6 +54,7 @@ def ask(prepared: PreparedModel, statistics) -> Ask:
         *,
         curves: Curves = USUAL,
         attention: Mapping[str, float] = ATTENTION,
+        left: Mapping[str, str] = {},
         **asked: object,
     ) -> Question:
         recipe = Recipe.model_validate({"target": "cpu", "sparsity": "none", **asked})
@@ -76,7 +77,7 @@ def ask(prepared: PreparedModel, statistics) -> Ask:
             pruner=FakePruner(prepared.layers, recipe.flops),
             why_no_pruner="install torch",
             loss=loss,
-            timings=CpuTimings(2, times, attention),
+            timings=CpuTimings(2, times, attention, left),
         )
 
     return ask
@@ -121,6 +122,23 @@ def test_the_reason_and_the_plan_have_all_that_was_measured(ask: Ask) -> None:
         "matmul fp32 200 µs, gather fp32 230 µs (measured, 2 threads)"
     )
     assert plan.attention.reason.startswith("lsp bf16: 120 µs in all layers; exported fp32 500 µs; lsp fp32 200 µs")
+
+
+def test_attention_that_stays_as_exported_is_told_with_its_reason(ask: Ask) -> None:
+    left = {
+        "a/Softmax": "its heads are mixed",
+        "b/Softmax": "its heads are mixed",
+        "c/Softmax": "it computes in DOUBLE",
+    }
+    words = "2 stay as exported: its heads are mixed; 1 stays as exported: it computes in DOUBLE"
+    plan, _ = decide(ask(precision="fp32", left=left))
+    assert plan.attention.left == left
+    assert plan.attention.reason.startswith("lsp fp32: 200 µs in all other layers; exported fp32 500 µs")
+    assert plan.attention.reason.endswith(f"(measured, 2 threads); {words}")
+    plan, _ = decide(ask(precision="fp32", left=left, attention={}))
+    assert (plan.attention.kernel, plan.attention.left, plan.attention.reason) == ("engine", left, words)
+    plan, _ = decide(ask(precision="fp32", attention={}))
+    assert plan.attention.reason == "left to the engine: no attention was found"
 
 
 def test_typed_int8_stays_int8_even_where_it_is_slow(ask: Ask) -> None:

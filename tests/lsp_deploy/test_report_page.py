@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from report_samples import sample_attention, sample_engine, sample_plan, sample_pruning, sample_report
 
-from lsp_deploy.plan import Plan
+from lsp_deploy.plan import AttentionDecision, Plan
+from lsp_deploy.reporting.execution_rows import attention_execution
 from lsp_deploy.reporting.figures import accuracy_axis, drop_axis, latency_groups, wilson
 from lsp_deploy.reporting.page import render_page
 from lsp_deploy.reporting.report import Report
@@ -229,6 +230,13 @@ def test_a_plan_that_was_carried_out_shows_its_zeros_but_not_how_they_were_found
     assert "refitted to the layer output" in text
     for absent in ("How zeros were chosen", "δ-curves", "Attention before and after", "No attention maps"):
         assert absent not in text
+
+
+def test_attention_that_stays_as_exported_is_named_with_its_reason(plan: Plan) -> None:
+    decided = AttentionDecision(left={"blocks.3/Softmax": "its heads are mixed"}, reason="1 stays as exported")
+    report = sample_report(plan).model_copy(update={"attention_execution": attention_execution(decided)})
+    text = Page(render_page(report, plan)).text
+    assert "1 stays as exported" in text and "blocks.3/Softmax" in text and "as exported: its heads are mixed" in text
 
 
 def test_attention_that_cannot_be_compared_is_explained(plan: Plan) -> None:

@@ -8,7 +8,9 @@ import pytest
 from report_samples import sample_engine, sample_plan, sample_pruning, sample_report
 from rich.console import Console, RenderableType
 
+from lsp_deploy.plan import AttentionDecision
 from lsp_deploy.reporting import formatting
+from lsp_deploy.reporting.execution_rows import attention_execution
 from lsp_deploy.reporting.page import render_page
 from lsp_deploy.reporting.plan_table import plan_table
 from lsp_deploy.reporting.summary import summary_renderables
@@ -105,6 +107,14 @@ def test_a_dry_run_names_every_layer_and_every_reason() -> None:
         assert layer.name in text
     assert "2:4 50 %" in text
     assert "the patch embedding is not pruned" in text
+
+
+def test_why_attention_stays_as_exported() -> None:
+    plan = sample_plan(blocks=2, width=64)
+    plan.attention = AttentionDecision(left={"a/Softmax": "its heads are mixed"}, reason="1 stays as exported")
+    report = sample_report(plan).model_copy(update={"attention_execution": attention_execution(plan.attention)})
+    for text in (printed(*summary_renderables(report)), printed(plan_table(plan))):
+        assert "attention: 1 stays as exported" in text
 
 
 def test_pruning_in_two_lines_beside_what_was_found() -> None:

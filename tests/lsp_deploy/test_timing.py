@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exports import export_family
 from made_up_timer import MadeUpTimer
 
 from lsp_deploy import console
@@ -17,7 +18,7 @@ from lsp_deploy.hardware.target import load_target
 from lsp_deploy.plugins import NativeLibrary, library
 from lsp_deploy.recipe import Recipe
 from lsp_deploy.steps import timing
-from lsp_deploy.steps.attention_candidates import attention_parts
+from lsp_deploy.steps.attention_candidates import attention_left, attention_parts
 from lsp_deploy.steps.layer_candidates import candidate_model, layer_feeds
 from lsp_deploy.steps.preparation import PreparedModel, prepare
 from lsp_deploy.steps.timing import CpuLayerTimer, candidates, time_layers
@@ -188,3 +189,16 @@ def test_all_attention_of_a_network_is_timed_and_remembered(
     assert timer.attention(prepared.canonical, prepared.shapes.opt) == found
     without = CpuLayerTimer(1, ("matmul fp32", "gather fp32"))
     assert without.attention(prepared.canonical, prepared.shapes.opt) == {}
+
+
+def test_why_attention_stays_as_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CaiT mixes the heads of its attention between patches; that of its class token is the usual one."""
+    cait = prepare(export_family("cait_xxs24_224"), Recipe(target="cpu"), CPU)
+    mixed = {f"/blocks/blocks.{number}/attn/Softmax" for number in range(2)}
+    monkeypatch.setattr("lsp_deploy.plugins.library", lambda: NativeLibrary(tmp_path, None))
+    left = attention_left(cait.canonical)
+    assert left.keys() == mixed and "reads the attention weights" in " ".join(left.values())
+    monkeypatch.setattr("lsp_deploy.plugins.library", lambda: NativeLibrary(None, "no compiler was there"))
+    found = time_layers(cait, Recipe(target="cpu"), CPU, 2, MadeUpTimer(2, ("matmul fp32",)))
+    assert len(found.attention_left) == 4 and {name: found.attention_left[name] for name in mixed} == left
+    assert list(found.attention_left.values()).count("the operator's library is missing") == 2
