@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["BuildRequest", "build_model", "built_json", "built_lines", "model_in", "shapes_for"]
 
 
+_FLAGS = {"plugins": "--plugin", "hardware_compatibility": "--hardware-compatible"}
+"""Of options whose flag is no plain copy of their name."""
+
+
 @dataclass(frozen=True)
 class BuildRequest:
     """How an engine is built, as typed."""
@@ -163,7 +167,8 @@ def _refuse_tensorrt_options(request: BuildRequest) -> None:
     if request.sparse_weights is not None:
         given.append("sparse_weights")
     if given:
-        raise UserError(f"{request.target} is built by ONNX Runtime, which has no {', '.join(given)}")
+        flags = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given]
+        raise UserError(f"{request.target} is built by ONNX Runtime, which has no {', '.join(flags)}")
 
 
 def _refuse_to_overwrite(request: BuildRequest, path: Path, model: ir.Model) -> None:

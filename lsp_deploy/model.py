@@ -104,12 +104,12 @@ def input_shapes(model: ir.Model) -> dict[str, tuple[int | str, ...]]:
 
 
 def resolve_shapes(
-    model: ir.Model, given: Mapping[str, Sequence[int]] | None, *, batch: int
+    model: ir.Model, given: Mapping[str, Sequence[int]] | None, *, batch: int, flag: str = "--shapes"
 ) -> dict[str, tuple[int, ...]]:
     """Return concrete shapes of all inputs.
 
     What is `given` wins; a dimension of the same symbolic name in another input takes the same size; a dynamic first
-    dimension becomes `batch`.
+    dimension becomes `batch`. `flag` is what the user gives shapes with.
 
     Raises:
         UserError: a given shape that does not fit, or any other dynamic dimension that is not given.
@@ -122,9 +122,7 @@ def resolve_shapes(
             raise UserError(f"the model has no input {name}; its inputs are {', '.join(declared)}")
         symbols.update(_match(name, declared[name], sizes))
     return {
-        name: tuple(given[name])
-        if name in given
-        else tuple(_size(name, axis, dimension, symbols, batch) for axis, dimension in enumerate(shape))
+        name: tuple(given[name]) if name in given else _sizes(name, shape, symbols, batch, flag)
         for name, shape in declared.items()
     }
 
@@ -238,11 +236,15 @@ def _match(name: str, declared: Sequence[int | str], sizes: Sequence[int]) -> di
     }
 
 
-def _size(name: str, axis: int, dimension: int | str, symbols: Mapping[str, int], batch: int) -> int:
-    if isinstance(dimension, int):
-        return dimension
-    if dimension in symbols:
-        return symbols[dimension]
-    if axis == 0:
-        return batch
-    raise UserError(f"input {name} has a dynamic dimension {axis} ({dimension}); give its shape, as {name}:1x3x224x224")
+def _sizes(name: str, shape: Sequence[int | str], symbols: Mapping[str, int], batch: int, flag: str) -> tuple[int, ...]:
+    sizes = []
+    for axis, dimension in enumerate(shape):
+        size = dimension if isinstance(dimension, int) else symbols.get(dimension, batch if axis == 0 else None)
+        if size is None:
+            example = "x".join(str(other if isinstance(other, int) else symbols.get(other, "?")) for other in shape)
+            raise UserError(
+                f"input {name} has a dynamic dimension {axis} ({dimension}); give its shape: {flag} {name}:{example}, "
+                "with a number for each ?"
+            )
+        sizes.append(size)
+    return tuple(sizes)

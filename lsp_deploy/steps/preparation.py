@@ -128,18 +128,22 @@ def shape_bounds(
     parsed = {which: parse_shapes(text) if text else None for which, text in given.items()}
     # A dimension that is given once and not varied need not be typed three times.
     fallback = parsed["opt"] or parsed["max"] or parsed["min"]
+    # What was typed is looked at first, so that what is wrong with it is said of it and not of what follows from it.
+    for which, shapes in parsed.items():
+        if shapes is not None:
+            resolve_shapes(model, shapes, batch=BATCHES[which], flag="--opt-shapes")
     resolved = {}
     for which, batch in BATCHES.items():
         shapes = parsed[which]
         if shapes is None and fallback is not None:
             shapes = {name: _with_batch(model, name, shape, batch) for name, shape in fallback.items()}
-        resolved[which] = resolve_shapes(model, shapes, batch=batch)
+        resolved[which] = resolve_shapes(model, shapes, batch=batch, flag="--opt-shapes")
     for name in resolved["opt"]:
         triples = zip(resolved["min"][name], resolved["opt"][name], resolved["max"][name], strict=True)
         if any(not low <= tuned <= high for low, tuned, high in triples):
             raise UserError(
-                f"input {name}: min {resolved['min'][name]}, opt {resolved['opt'][name]} and max "
-                f"{resolved['max'][name]} are not in order; give --min-shapes, --opt-shapes and --max-shapes"
+                f"input {name}: min {_text(resolved['min'][name])}, opt {_text(resolved['opt'][name])} and max "
+                f"{_text(resolved['max'][name])} are not in order; give --min-shapes, --opt-shapes and --max-shapes"
             )
     return Shapes(min=resolved["min"], opt=resolved["opt"], max=resolved["max"])
 
@@ -154,6 +158,10 @@ def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
         raise UserError(f"--precision {asked}: {target.name} has no {asked}; it has {', '.join(target.types)}")
     # On a CPU the operator alone multiplies in bf16; what is between its nodes stays in float32.
     return target.compute_type if target.kind == "cpu" else _COMPUTE_TYPES[asked]
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _with_batch(model: ir.Model, name: str, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:

@@ -233,14 +233,24 @@ def test_an_output_folder_has_a_place_for_engines_and_the_shapes_of_its_run(buil
         (("--target", "a1000"), "unknown target"),
         (("--target", "a100", "--min-shapes", "pixel_values=1"), "--min-shapes is written like"),
         (("--target", "a100", "--opt-shapes", "x:1x1"), "no input x"),
+        (("--target", "a100", "--opt-shapes", "pixel_values:8x1x9x9"), "shape 8x1x9x9 does not fit"),
+        (("--target", "a100", "--min-shapes", "pixel_values:9x1x8x8"), "min 9x1x8x8, opt 8x1x8x8 and max 32x1x8x8 are"),
         (("--target", "a100", "--plugin", "no.so"), "'no.so' does not exist"),
-        (("--target", "cpu", "--refittable", "--no-sparse-weights"), "no refittable, sparse_weights"),
+        (("--target", "cpu", "--refittable", "--no-sparse-weights"), "no --refittable, --sparse-weights"),
     ],
 )
 def test_what_is_typed_wrong_exits_2(build, model, arguments, says):
     code, _, err = build(model, *arguments)
     assert code == 2
     assert says in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_size_that_the_model_leaves_open_is_asked_for_with_the_flag_of_this_verb(build, model):
+    loaded = load_model(model)
+    loaded.graph.inputs[0].shape = ir.Shape(["batch", 1, "h", 8])
+    save_model(loaded, Path("open.onnx"))
+    code, _, err = build("open.onnx", "--target", "h100")
+    assert code == 2 and "give its shape: --opt-shapes pixel_values:?x1x?x8" in err
 
 
 @pytest.mark.parametrize("flag", ["-o", "--timing-cache"])

@@ -426,7 +426,7 @@ def test_initializers_are_not_inputs(tmp_path: Path) -> None:
 
 def test_other_dynamic_dimensions_must_be_given(tmp_path: Path) -> None:
     model = load_with_inputs(tmp_path, x=["batch", 3, "height", 8])
-    with pytest.raises(UserError, match=r"input x .*2 \(height\)"):
+    with pytest.raises(UserError, match=r"input x .*2 \(height\); give its shape: --shapes x:\?x3x\?x8, with a number"):
         resolve_shapes(model, None, batch=8)
 
 
