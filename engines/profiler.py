@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -21,7 +21,7 @@ from lsp_deploy.engines.host import CpuMeter, available_cpus, cpu_governor, cpu_
 from lsp_deploy.engines.power.recording import Interval, PowerFigures, PowerRecorder
 from lsp_deploy.engines.protocol import DeviceTimed, Engine
 
-__all__ = ["Conditions", "Profile", "Ratio", "latency_ratio", "profile"]
+__all__ = ["Conditions", "Profile", "Ratio", "busy_words", "latency_ratio", "profile"]
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -190,6 +190,18 @@ def latency_ratio(slow: Profile, fast: Profile) -> Ratio:
         raise ValueError(f"{slow.label} and {fast.label} were not measured in one run")
     ratios = np.divide(slow.block_medians_ms, fast.block_medians_ms)
     return Ratio(median=float(np.median(ratios)), low=float(ratios.min()), high=float(ratios.max()), rounds=len(ratios))
+
+
+def busy_words(profiles: Iterable[Profile]) -> str | None:
+    """Return that other programs took CPU time under the figures; None where what they disturbed was left out."""
+    kept = [one for one in profiles if one.disturbed_blocks and not one.discarded_blocks]
+    if not kept:
+        return None
+    disturbed, blocks = (sum(getattr(one, name) for one in kept) for name in ("disturbed_blocks", "blocks"))
+    return (
+        f"other programs took CPU time in {disturbed} of {blocks} blocks: the times are those of a busy machine, and "
+        "ratios of one run hold better than they"
+    )
 
 
 def _feeds_by_label(engines: Mapping[str, Engine], feeds: Feeds | Mapping[str, Feeds]) -> dict[str, Feeds]:

@@ -52,13 +52,22 @@ def profile(
     duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of measuring a batch size.")] = 3.0,
     warm_up: Annotated[float, typer.Option("--warm-up", min=0, help="Seconds of warm-up a batch size.")] = 0.5,
     plugin: PluginOption = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            exists=True,
+            dir_okay=False,
+            help="ONNX file whose weights a GPU's engine takes: one that is refittable, or was built without.",
+        ),
+    ] = None,
     rate: RateOption = None,
     power: PowerOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure MODEL's latency, throughput and power on this machine."""
-    from lsp_deploy.comparing import profile_model, profile_table
-    from lsp_deploy.power_tables import power_tables
+    from lsp_deploy.comparing import profile_model
+    from lsp_deploy.measurement_tables import profile_tables
 
     console.configure(json=json)
     result = profile_model(
@@ -70,13 +79,14 @@ def profile(
         duration=duration,
         warm_up=warm_up,
         plugins=plugin or (),
+        weights=weights,
         rate_per_s=rate,
         power=power,
     )
     if json:
         console.print_json({"profiles": [one.model_dump(mode="json") for one in result]})
     else:
-        for renderable in (profile_table(result), *power_tables(result)):
+        for renderable in profile_tables(result):
             console.show(renderable)
 
 
@@ -103,7 +113,8 @@ def compare(
     json: JsonOption = False,
 ) -> None:
     """Compare two models: fidelity on images, latency and power in one run."""
-    from lsp_deploy.comparing import compare_models, comparison_tables
+    from lsp_deploy.comparing import compare_models
+    from lsp_deploy.measurement_tables import comparison_tables
 
     console.configure(json=json)
     result = compare_models(

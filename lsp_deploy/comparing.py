@@ -16,15 +16,13 @@ from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from rich.console import RenderableType
-    from rich.table import Table
 
     from lsp_deploy.data import Dataset
     from lsp_deploy.engines.power.recording import PowerRecorder
     from lsp_deploy.engines.protocol import Engine
     from lsp_deploy.hardware.target import Target
 
-__all__ = ["Comparison", "LayerFidelity", "compare_models", "comparison_tables", "profile_model", "profile_table"]
+__all__ = ["Comparison", "LayerFidelity", "compare_models", "profile_model"]
 
 DEFAULT_BATCHES = (1, 8)
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,6 +125,7 @@ def profile_model(
     duration: float,
     warm_up: float,
     plugins: Sequence[Path] = (),
+    weights: Path | None = None,
     rate_per_s: float | None = None,
     power: bool | None = None,
 ) -> list[Profile]:
@@ -141,11 +140,12 @@ def profile_model(
         duration: seconds of measuring; with a power meter three of its windows at least.
         warm_up: seconds before.
         plugins: libraries that a GPU's engine needs.
+        weights: ONNX file whose weights a GPU's engine takes, as one that was built without needs.
         rate_per_s: requests a second; None: back-to-back.
         power: True: a meter must be there; None: where there is one; False: no.
 
     Raises:
-        UserError: a target that is not here, or no meter where power is wanted.
+        UserError: a target that is not here, weights for what takes none, or no meter where power is wanted.
     """
     from lsp_deploy.data import open_dataset
     from lsp_deploy.gpu_engines import engine_shapes, is_engine_file
@@ -156,8 +156,10 @@ def profile_model(
     paths = {model.name: model}
     models = {} if is_engine_file(model) else {model.name: load_model(model)}
     loaded = models.get(model.name)
+    if weights is not None and (loaded is not None or runs_on.kind != "gpu"):
+        raise UserError(f"--weights is for engines of a GPU; {model} has its own")
     sizes = batches or (_default_batches(loaded) if loaded is not None else (1,))
-    with _engines(paths, models, runs_on, shapes, sizes, threads, plugins) as engines:
+    with _engines(paths, models, runs_on, shapes, sizes, threads, plugins, weights) as engines:
         (engine,) = engines.values()
         if loaded is None and not batches:
             sizes = (_own_batch(engine),)
@@ -180,42 +182,6 @@ def profile_model(
             rate_per_s=rate_per_s,
             power=power,
         )
-
-
-def profile_table(profiles: Sequence[Profile]) -> Table:
-    """Return a table of latencies and throughputs, one row a model and batch size."""
-    from rich.table import Table
-
-    first = profiles[0]
-    table = Table(title=f"measured on {first.device}, {first.regime}; {first.clock}")
-    for column in ("model", "batch", "threads", "min ms", "median ms", "p90 ms", "p99 ms", "samples/s"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for one in profiles:
-        latency = (one.latency_min_ms, one.latency_median_ms, one.latency_p90_ms, one.latency_p99_ms)
-        numbers = [f"{value:.2f}" for value in latency]
-        table.add_row(one.label, str(one.batch), str(one.threads), *numbers, f"{one.throughput_per_s:.1f}")
-    return table
-
-
-def comparison_tables(comparison: Comparison) -> list[RenderableType]:
-    """Return the tables of a comparison: fidelity, latency, power, and layers where they were asked for."""
-    from rich.table import Table
-
-    from lsp_deploy.power_tables import power_tables
-
-    fidelity = Table(title=f"fidelity, {comparison.data}", show_header=False)
-    for name, value in comparison.fidelity.model_dump().items():
-        if value is not None:
-            fidelity.add_row(name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-    tables: list[RenderableType] = [fidelity, profile_table(comparison.profiles), *power_tables(comparison.profiles)]
-    if comparison.layers:
-        layers = Table(title="signal to noise of every linear layer's output, worst first")
-        layers.add_column("layer")
-        layers.add_column("dB", justify="right")
-        for layer in sorted(comparison.layers, key=lambda one: one.sqnr_db):
-            layers.add_row(layer.name, f"{layer.sqnr_db:.1f}")
-        tables.append(layers)
-    return tables
 
 
 def _check_same_inputs(models: Mapping[str, ir.Model], dense: Path, compressed: Path) -> None:
@@ -249,6 +215,7 @@ def _engines(
     batches: Sequence[int],
     threads: int,
     plugins: Sequence[Path],
+    weights: Path | None = None,
 ) -> Iterator[Mapping[str, Engine]]:
     """Open models, or engine files where there is no model of that label, on the target."""
     from contextlib import ExitStack
@@ -258,7 +225,7 @@ def _engines(
 
     if target.kind == "gpu":
         options = build_options(next(iter(models.values()), None), shapes, batches, plugins)
-        with gpu_engines(paths, target, options) as engines:
+        with gpu_engines(paths, target, options, weights) as engines:
             yield engines
         return
     with ExitStack() as stack:

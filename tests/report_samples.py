@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lsp_deploy.allocation.masks import block_mask, two_four_mask
 from lsp_deploy.allocation.pruning import Analysis, ChosenPoint, Pruning
+from lsp_deploy.engines.profiler import Conditions, Profile
 from lsp_deploy.engines.protocol import EngineInfo, LayerRecord, layer_counts
 from lsp_deploy.plan import LayerPlan, Plan, PrecisionDecision, RecoveryDecision, SparsityDecision
 from lsp_deploy.reporting.attention_levels import attention_section
@@ -337,6 +339,26 @@ def _fidelity(labelled: bool, classifier: bool) -> FidelitySection:
     }
     fields = (answers if classifier else {}) | (accuracy if classifier and labelled else {})
     return FidelitySection(samples=160, cosine=0.98734, sqnr_db=16.2, **fields)
+
+
+def sample_profile(label: str = "compressed", latency_ms: float = 10.0, **fields: Any) -> Profile:
+    """Return a measured profile whose latencies are all `latency_ms`; `fields` replace what else it has."""
+    latencies = {f"latency_{name}_ms": latency_ms for name in ("min", "median", "mean", "p90", "p99", "max")}
+    others: dict[str, Any] = {
+        "backend": "onnxruntime",
+        "device": "a CPU",
+        "batch": 8,
+        "threads": 2,
+        "spread": 0.1,
+        "throughput_per_s": 8000 / latency_ms,
+        "runs": 600,
+        "blocks": 3,
+        "disturbed_blocks": 0,
+        "discarded_blocks": 0,
+        "block_medians_ms": [latency_ms] * 3,
+        "conditions": Conditions(cpu="a CPU", cpus=2, warm_up_seconds=0.5, block_seconds=2),
+    }
+    return Profile(label=label, **latencies, **others | fields)
 
 
 def _profile(label: str, median_ms: float) -> ProfileRow:

@@ -90,7 +90,7 @@ def assemble(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
         notes=[*data.notes, *([needs] if needs else [])],
-        warnings=run_warnings(data, layers, budget, built, measured.fidelity),
+        warnings=run_warnings(data, layers, budget, built, measured.fidelity, measured.profiles.values()),
         model=_model(prepared, plan),
         target=TargetSection(
             name=target.name,

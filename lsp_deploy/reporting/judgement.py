@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lsp_deploy.allocation.question import DEFAULT_MAX_DROP
@@ -14,6 +14,7 @@ from lsp_deploy.steps.evaluation import decisive_drop
 
 if TYPE_CHECKING:
     from lsp_deploy.engines.fidelity import Fidelity
+    from lsp_deploy.engines.profiler import Profile
     from lsp_deploy.recipe import Recipe
     from lsp_deploy.steps.building import Built
     from lsp_deploy.steps.calibration import CalibrationData
@@ -52,8 +53,11 @@ def run_warnings(
     budget: BudgetSection | None,
     built: Built,
     fidelity: Fidelity,
+    profiles: Iterable[Profile] = (),
 ) -> list[str]:
     """Return what may be wrong with a result, the gravest first."""
+    from lsp_deploy.engines.profiler import busy_words
+
     warnings = list(built.failures)
     if fidelity.non_finite_samples:
         warnings.append(f"the compressed model gave NaN or infinity for {fidelity.non_finite_samples} samples")
@@ -90,6 +94,8 @@ def run_warnings(
         why = "it has no kernels for them" if builder in WITHOUT_TWO_FOUR else "it chose other kernels"
         elsewhere = "; TensorRT on the device itself can use them" if builder == "tensorrt_rtx" else ""
         warnings.append(f"2:4 zeros of {gain_nothing} layers gain no speed in the {builder} engine: {why}{elsewhere}")
+    if busy := busy_words(profiles):
+        warnings.append(busy)
     return warnings
 
 

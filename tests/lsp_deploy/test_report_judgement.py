@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from report_samples import sample_engine, sample_plan
+from report_samples import sample_engine, sample_plan, sample_profile
 
 from lsp_deploy.engines.fidelity import Fidelity
 from lsp_deploy.recipe import Recipe
@@ -117,6 +117,13 @@ def test_an_expected_loss_that_cannot_reach_the_budget_is_no_comfort(
     assert budget is not None
     warnings = run_warnings(data(), [], budget, Built(), measured)  # type: ignore[arg-type]
     assert any(f"a probability of {confidence:g} % on average" in warning for warning in warnings) == warns
+
+
+@pytest.mark.parametrize(("disturbed", "discarded", "warns"), [(0, 0, False), (10, 0, True), (2, 2, False)])
+def test_times_of_a_busy_machine_are_called_so(disturbed: int, discarded: int, warns: bool) -> None:
+    profile = sample_profile(blocks=10, disturbed_blocks=disturbed, discarded_blocks=discarded)
+    warnings = run_warnings(data(), [], None, Built(not_built="--no-build"), fidelity(), [profile])  # type: ignore[arg-type]
+    assert any("other programs took CPU time in 10 of 10 blocks" in warning for warning in warnings) == warns
 
 
 def test_without_an_engine_nothing_is_said_of_its_kernels() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 
 import pytest
-from report_samples import sample_plan, sample_report
+from report_samples import sample_plan, sample_profile, sample_report
 from rich.console import Console
 
 from lsp_deploy.engines.power.recording import PowerFigures
-from lsp_deploy.engines.profiler import Conditions, Profile
+from lsp_deploy.engines.profiler import Profile
 from lsp_deploy.reporting import formatting
 from lsp_deploy.reporting.cards import cards
 from lsp_deploy.reporting.page import render_page
@@ -44,25 +44,7 @@ def figures(power_w: float, per_s: float) -> PowerFigures:
 
 
 def profile(label: str, power: PowerFigures | None, note: str = "") -> Profile:
-    latency = dict.fromkeys(("min", "median", "mean", "p90", "p99", "max"), 10.0)
-    return Profile(
-        label=label,
-        backend="onnxruntime",
-        device="a CPU",
-        batch=8,
-        threads=2,
-        **{f"latency_{name}_ms": value for name, value in latency.items()},
-        spread=0.1,
-        throughput_per_s=800,
-        runs=600,
-        blocks=3,
-        disturbed_blocks=0,
-        discarded_blocks=0,
-        block_medians_ms=[10, 10, 10],
-        power=power,
-        power_note=note,
-        conditions=Conditions(cpu="a CPU", cpus=2, warm_up_seconds=0.5, block_seconds=2),
-    )
+    return sample_profile(label, power=power, power_note=note)
 
 
 @pytest.fixture
