@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lsp_deploy import console
 from lsp_deploy.engines.protocol import Backend, BuildOptions, Engine, read_sidecar
 from lsp_deploy.engines.tensorrt_common.loading import load_engine
+from lsp_deploy.engines.tensorrt_common.messages import ModuleName
 from lsp_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ def build_options(
 
 
 @contextmanager
-def gpu_engines(paths: Mapping[str, Path], target: Target, options: BuildOptions) -> Iterator[dict[str, Engine]]:
+def gpu_engines(
+    paths: Mapping[str, Path], target: Target, options: BuildOptions, weights: Path | None = None
+) -> Iterator[dict[str, Engine]]:
     """Open models and engine files as engines on the GPU of this machine, by label, for as long as the context lasts.
 
-    ONNX files are built first, in a temporary folder, by the target's first builder whose engines run here.
+    ONNX files are built first, in a temporary folder, by the target's first builder whose engines run here. Engine
+    files take the weights of the ONNX file `weights`, where one is given.
 
     Raises:
         UserError: the target's GPU is not here, nothing that builds for it is installed, or an engine does not load.
@@ -63,7 +67,7 @@ def gpu_engines(paths: Mapping[str, Path], target: Target, options: BuildOptions
         engines = {}
         for number, (label, path) in enumerate(paths.items()):
             if is_engine_file(path):
-                opened = _load(path, options.plugins)
+                opened = _load(path, options.plugins, weights)
             else:
                 opened = _build(path, target, options, Path(folder) / f"{number}.engine")
             engines[label] = stack.enter_context(opened)
@@ -120,9 +124,10 @@ def _build(path: Path, target: Target, options: BuildOptions, engine: Path) -> E
     return backend.load(engine)
 
 
-def _load(path: Path, plugins: Sequence[Path]) -> Engine:
+def _load(path: Path, plugins: Sequence[Path], weights: Path | None) -> Engine:
     info = read_sidecar(path) if path.is_file() else None
     built_with = info.backend if info is not None else "tensorrt"
     if built_with not in ("tensorrt", "tensorrt_rtx"):
         raise UserError(f"{path} is an engine of {built_with}, which does not run on a GPU here")
-    return load_engine("tensorrt" if built_with == "tensorrt" else "tensorrt_rtx", path, plugins=plugins)
+    module: ModuleName = "tensorrt" if built_with == "tensorrt" else "tensorrt_rtx"
+    return load_engine(module, path, weights=weights, plugins=plugins)

@@ -43,7 +43,7 @@ def load_engine(
     info = read_sidecar(path) or EngineInfo(backend=module, target="unknown", file=path.name)
     gpu = _fitting_gpu(path, info)
     if info.options is not None and info.options.strip_weights and weights is None:
-        raise UserError(f"{path} has no weights in it; name the ONNX file that it was built from")
+        raise UserError(f"{path} has no weights in it; name the ONNX file that it was built from (--weights)")
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{path} runs with {module}, which is not installed here")
     trt: Any = importlib.import_module(module)

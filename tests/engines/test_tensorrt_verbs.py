@@ -75,6 +75,19 @@ def test_an_engine_file_is_profiled_as_it_is(make_model, target: str):
         answer("profile", str(engine), "--target", target, "--no-power")
 
 
+def test_an_engine_without_weights_takes_them_from_its_model(make_model, target: str):
+    model = make_model(batch=2)
+    engine = model.with_suffix(".engine")
+    options = BuildOptions(opt_shapes={"x": (2, 4, 64)}, strip_weights=True)
+    TensorRtBackend().build(model, engine, load_target("a100"), options)
+    with pytest.raises(UserError, match=r"no weights in it; name the ONNX file .* \(--weights\)"):
+        answer("profile", str(engine), "--target", target, "--no-power")
+    (one,) = answer("profile", str(engine), "--target", target, "--weights", str(model), "--no-power")["profiles"]
+    assert (one["label"], one["batch"]) == ("model.engine", 2)
+    with pytest.raises(UserError, match=r"--weights is for engines of a GPU"):
+        answer("profile", str(model), "--target", target, "--weights", str(model), "--no-power")
+
+
 def test_an_engine_of_one_batch_is_profiled_at_it(make_model, target: str, tmp_path: Path):
     for builder, of, options in (
         (TensorRtBackend(), "a100", ("--target", target)),
