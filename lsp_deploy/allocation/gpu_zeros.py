@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsp_deploy.allocation.blocks import blocks_within_loss
+from lsp_deploy.allocation.blocks import blocks_within_loss, points_of_loss
 from lsp_deploy.allocation.gpu_execution import gpu_time_us, operator_cannot_run
 from lsp_deploy.allocation.precision import COMPRESSIBLE_ROLES
 from lsp_deploy.allocation.pruning import Pruning
@@ -54,7 +54,7 @@ def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, 
     except UserError as error:  # nobody asked for blocks
         return _without_blocks(halved, f"blocks were not tried: {error}", question, why=""), found
     if pruning is None:
-        few = f"zero blocks within {budget:g} points of loss are too few to save {worth:.0%} of the time"
+        few = f"zero blocks within {points_of_loss(budget)} are too few to save {worth:.0%} of the time"
         return _without_blocks(halved, few, question), found
     if blocks_us > wanted_us:
         least = (

@@ -180,7 +180,7 @@ def test_without_a_budget_the_search_stays_within_reach(ask, monkeypatch: pytest
 def test_where_no_block_fits_the_model_stays_dense(ask) -> None:
     plan, pruning = decide(ask(sparsity="block", max_drop=1.0, loss=lambda plan: 9.0 if plan.masks else 0.0))
     assert pruning is None and not plan.masks and not plan.weights
-    assert all("fits 1 points of loss" in layer.sparsity.reason for layer in plan.layers)
+    assert all("fits 1 point of loss" in layer.sparsity.reason for layer in plan.layers)
 
 
 @pytest.mark.parametrize(
