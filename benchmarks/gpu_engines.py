@@ -1,11 +1,12 @@
 """What only TensorRT on a GPU shows: that engines build, run in CUDA graphs, and answer as ONNX Runtime does.
 
-    python benchmarks/gpu_engines.py OUT [--model MODEL.onnx --data DATA]
+    python benchmarks/gpu_engines.py OUT [--model MODEL.onnx --data DATA] [--plugin liblsp_block_sparse.so]
 
 Compresses the model (the embedded digits ViT if none is named) in several ways for the GPU that is here, builds each
 with TensorRT, and compares it with the dense model: answers with those of ONNX Runtime, times with those of the dense
-engine, in alternating blocks of one run. Writes OUT/engines.md, and exits with 1 where an engine answers otherwise than
-ONNX Runtime does for the same file. Needs lsp-deploy[tensorrt], installed: the build's process sees nothing else.
+engine, in alternating blocks of one run. With the plugin, block-sparse too. Writes OUT/engines.md, and exits with 1
+where an engine answers otherwise than ONNX Runtime does for the same file. Needs lsp-deploy[tensorrt], installed: the
+build's process sees nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ FORMS = {
     "int8": ("--precision", "int8", "--sparsity", "none"),
     "int8 2:4": ("--precision", "int8", "--sparsity", "2:4"),
 }
+BLOCK_FORMS = {
+    "fp16 blocks": ("--precision", "fp16", "--sparsity", "block"),
+    "int8 blocks": ("--precision", "int8", "--sparsity", "block"),
+}
 # Of the same file in TensorRT and in ONNX Runtime, in float32. What rounding in fp16 tips over to the next int8 stays
 # above: 37 dB between fp16 and float32 for the digits ViT in int8 with 2:4, both in ONNX Runtime on a CPU.
 LEAST_SQNR_DB = 30.0
@@ -35,6 +40,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data")
+    parser.add_argument("--plugin", type=Path, help="the operator for TensorRT (docs/tensorrt-plugin.md)")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     target = write_target(given.out / "here.toml")
@@ -43,14 +49,17 @@ def main() -> None:
         lsp_deploy("demo", "--copy-only", "-o", str(given.out / "digits"))
         model = given.out / "digits" / "digits_vit.onnx"
         data = str(given.out / "digits" / "evaluation.npz")
+    plugin = () if given.plugin is None else ("--plugin", str(given.plugin))
     files = {"dense": model}
-    for name, flags in FORMS.items():
+    for name, flags in (FORMS | (BLOCK_FORMS if plugin else {})).items():
         folder = given.out / name.replace(":", "").replace(" ", "-")
-        lsp_deploy("compress", str(model), "--target", str(target), *flags, "-o", str(folder))
+        lsp_deploy("compress", str(model), "--target", str(target), *flags, *plugin, "-o", str(folder))
         files[name] = folder / "model.onnx"
         print_engine(name, folder)
+    options = (*plugin, *(() if data is None else ("--data", data)))
     rows = [
-        row(name, compare(file, file, target, data), compare(model, file, target, data)) for name, file in files.items()
+        row(name, compare(file, file, target, options), compare(model, file, target, options))
+        for name, file in files.items()
     ]
     head = "| model | batch | median ms | dense ms | gain | SQNR to ONNX Runtime, dB | SQNR to dense, dB |\n"
     text = head + "|---|---|---|---|---|---|---|\n" + "\n".join(line for lines, _ in rows for line in lines)
@@ -75,8 +84,7 @@ def write_target(path: Path) -> Path:
     return path
 
 
-def compare(dense: Path, compressed: Path, target: Path, data: str | None) -> dict:
-    options = () if data is None else ("--data", data)
+def compare(dense: Path, compressed: Path, target: Path, options: tuple[str, ...]) -> dict:
     return json.loads(lsp_deploy("compare", str(dense), str(compressed), "--target", str(target), *options, "--json"))
 
 

@@ -44,23 +44,29 @@ part() {
 
 # shellcheck disable=SC2329 # called through bash, for its time limit
 build() {
-    local architecture
-    architecture=$("$python" -c 'import torch; print(*torch.cuda.get_device_capability(), sep="")') &&
-        cmake -S "$root/plugins/cuda" -B "$tree/build" -DLSP_CUDA_SHARED=ON "-DCMAKE_CUDA_COMPILER=$nvcc" \
-            "-DCMAKE_CUDA_ARCHITECTURES=$architecture" &&
+    cmake -S "$root/plugins/cuda" -B "$tree/build" -DLSP_CUDA_SHARED=ON "-DCMAKE_CUDA_COMPILER=$nvcc" \
+        "-DCMAKE_CUDA_ARCHITECTURES=$architecture" &&
         cmake --build "$tree/build" -j"$(nproc)" --target lsp_cuda_shared &&
         "$nvcc" -O3 -shared -Xcompiler -fPIC -std=c++17 "-arch=sm_$architecture" -o "$tree/libmma_peak.so" \
             "$root/benchmarks/mma_peak.cu"
 }
-export -f build
-export root tree python nvcc
+# shellcheck disable=SC2329
+build_plugin() {
+    cmake -S "$root/plugins/tensorrt" -B "$tree/plugin" "-DTENSORRT_INCLUDE_DIR=${TENSORRT_INCLUDE_DIR:-}" \
+        "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCMAKE_CUDA_ARCHITECTURES=$architecture" &&
+        cmake --build "$tree/plugin" -j"$(nproc)"
+}
+export -f build build_plugin
+export root tree nvcc architecture
 
 state() { # before and after the measurements: clocks, temperature, and what slowed it down
     nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE,POWER >> "$out/device.txt" 2>&1 || say "device: nvidia-smi does not answer"
 }
 
-rm -f "$out"/{device.txt,build.log,check.log,tables.md,sanitizer.log,profile.txt,forward.md}
+rm -f "$out"/{device.txt,build.log,check.log,tables.md,sanitizer.log,profile.txt,forward.md,plugin.log,engines.log}
 nvidia-smi 2>&1 | tee "$out/device.txt"
+architecture=$("$python" -c 'import torch; print(*torch.cuda.get_device_capability(), sep="")') ||
+    { say "PyTorch sees no GPU here" && exit 1; }
 part build.log 150 build bash -c build || exit 1
 bench=("$python" "$root/benchmarks/gpu_kernel.py" "$tree/build/liblsp_cuda.so")
 
@@ -92,7 +98,11 @@ else
 fi
 
 if "$python" -I -c 'import lsp_deploy, tensorrt; from cuda.bindings import runtime' 2> /dev/null; then
-    part engines.log 300 engines "$python" "$root/benchmarks/gpu_engines.py" "$out/engines"
+    plugin=() # with TensorRT's headers (TENSORRT_INCLUDE_DIR), block-sparse engines too
+    part plugin.log 150 plugin bash -c build_plugin
+    [[ ! -f $tree/plugin/liblsp_block_sparse.so ]] || plugin=(--plugin "$tree/plugin/liblsp_block_sparse.so")
+    [[ ${#plugin[@]} -gt 0 ]] || say "plugin: not built, TensorRT's headers are not there"
+    part engines.log 300 engines "$python" "$root/benchmarks/gpu_engines.py" "$out/engines" "${plugin[@]}"
 else
     say "engines: not done, lsp-deploy[tensorrt] is not installed in $python"
 fi

@@ -47,6 +47,11 @@ def tools(tmp_path: Path) -> Path:
     return folder
 
 
+def test_without_a_gpu_it_says_so(tools: Path, tmp_path: Path) -> None:
+    (tools / "python3").write_text("#!/bin/sh\nexit 1\n")
+    assert run(tools, tmp_path / "out") == (1, ["PyTorch sees no GPU here"])
+
+
 def run(tools: Path, out: Path, **ends: str) -> tuple[int, list[str]]:
     environment = {"PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin", "CHECK": "0", "FORWARD": "0", **ends}
     done = subprocess.run(["bash", SCRIPT, out], env=environment, capture_output=True, text=True)
