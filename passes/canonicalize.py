@@ -17,6 +17,7 @@ from lsp_deploy.passes.inline_if import InlineIfPass
 from lsp_deploy.passes.lower_opset import LowerOpsetPass
 from lsp_deploy.passes.merge_initializers import MergeInitializersPass
 from lsp_deploy.passes.raise_opset import RaiseOpsetPass
+from lsp_deploy.passes.remove_void_masks import RemoveVoidMasksPass
 
 __all__ = ["ATTENTION_OPSET", "GELU_OPSET", "LAYER_NORM_OPSET", "canonicalize"]
 
@@ -35,7 +36,7 @@ def canonicalize(model: ir.Model, *, max_opset: int, needed_opset: int = LAYER_N
       weight of a linear layer is a direct input of its node;
     - values have types and shapes; sizes that follow from them are constants;
     - LayerNorm and GELU are single nodes; GELU stays in elementary operators where `max_opset` is below 20, and
-      Attention is written in them where it is below 23;
+      Attention is written in them where it is below 23, without masks that mask nothing;
     - no Identity, unused or repeated node is left, nodes are sorted, and node and value names are unique;
     - the opset is as low as this allows, but at least `needed_opset` and at most `max_opset`.
 
@@ -61,7 +62,7 @@ def canonicalize(model: ir.Model, *, max_opset: int, needed_opset: int = LAYER_N
     _simplify(model)
     if max_opset < ATTENTION_OPSET:
         _run(model, [DecomposeAttentionPass()])
-    _run(model, [LowerOpsetPass(max_opset), RaiseOpsetPass(needed_opset), FuseLayerNormPass()])
+    _run(model, [LowerOpsetPass(max_opset), RaiseOpsetPass(needed_opset), RemoveVoidMasksPass(), FuseLayerNormPass()])
     if max_opset >= GELU_OPSET and any(find_gelus(model.graph)):
         _run(model, [RaiseOpsetPass(GELU_OPSET), FuseGeluPass()])
     _simplify(model)
