@@ -75,6 +75,16 @@ def test_a_fixed_batch_is_the_one_that_is_timed(run) -> None:
     assert [one["batch"] for one in json.loads(result.out)["profiles"]] == [3]
 
 
+def test_a_16_bit_model_on_a_cpu_is_said_to_run_in_float32(run) -> None:
+    write_mlp(Path("m.onnx"), 3, 5)
+    options = ("--precision", "fp16", "--sparsity", "none", "--samples", 10, "--no-build")
+    assert run("compress", "m.onnx", "--target", "a100", *options, "-o", "out").code == 0
+    said = "model.onnx: its 16-bit floats run as float32 on a CPU; the times say nothing about a GPU's"
+    short = ("--duration", "0.1", "--warm-up", "0")
+    assert said in run("profile", "out/model.onnx", *short).err
+    assert "16-bit" not in run("profile", "m.onnx", *short).err
+
+
 def test_max_drop_without_a_class_output_is_refused(run) -> None:
     write_mlp(Path("m.onnx"), "batch", 5, classes=False)
     result = run("compress", "m.onnx", "--target", "a100", "--max-drop", "1", "--dry-run")
