@@ -339,7 +339,7 @@ def _outputs(output: OutputFolder, built: Built) -> list[OutputFile]:
     files = [(path, "the compressed model") for path in _written_model(output)]
     files += [
         (output.plan, "every layer's decision and its reason; edit it, and --plan carries it out"),
-        (output.plan.with_suffix(".safetensors"), "masks and scales that belong to the plan"),
+        (output.plan.with_suffix(".safetensors"), "masks, scales and changed weights that belong to the plan"),
     ]
     if built.info is not None:
         engine = output.engine(built.info.backend, built.info.target)
