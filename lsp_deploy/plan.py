@@ -64,7 +64,7 @@ class RecoveryDecision(_Strict):
         "where there are too few), before it",
     )
     error_after: float | None = Field(None, description="the same after it")
-    reason: str = Field("not asked for", description="why this, in words for the report")
+    reason: str = Field("nothing was pruned", description="why this, in words for the report")
 
 
 class PrecisionDecision(_Strict):

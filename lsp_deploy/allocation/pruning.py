@@ -124,4 +124,6 @@ def adopt(plan: Plan, pruning: Pruning) -> Plan:
             )
         if layer.name in pruning.recoveries:
             layer.recovery = pruning.recoveries[layer.name]
+        elif layer.name in pruning.masks:
+            layer.recovery = RecoveryDecision(reason="not asked for")
     return adopted

@@ -95,6 +95,14 @@ def test_typed_two_four_takes_every_layer_that_can(ask) -> None:
             assert layer.name in plan.weights
 
 
+@pytest.mark.parametrize("recover", [True, False])
+def test_what_recovery_did_is_said_of_layers_without_zeros_too(ask, recover: bool) -> None:
+    plan, _ = decide(replace(ask(sparsity="2:4"), recover=recover))
+    for layer in plan.layers:
+        dense = layer.sparsity.pattern == "dense"
+        assert layer.recovery.reason == ("nothing was pruned" if dense else "fake" if recover else "not asked for")
+
+
 @pytest.mark.parametrize("fits", [0, 1, 5, 16])
 def test_auto_takes_the_least_damaging_layers_that_fit_the_budget(ask, fits: int) -> None:
     plan, _ = decide(ask(loss=lambda plan: 0.3 * zeros(plan), sparsity="auto", max_drop=0.3 * fits + 0.1))
