@@ -354,9 +354,7 @@ def _recovery(fit: LayerFit) -> RecoveryDecision:
     if fit.accepted:
         reason = f"refitted to {where}: squared error {before:.3g} → {after:.3g} of it, on {judges}"
     else:
-        reason = (
-            f"the weights of before stay: refitting would raise the error from {before:.3g} to {after:.3g}, on {judges}"
-        )
+        reason = f"refitting would raise the error from {before:.3g} to {after:.3g}, on {judges}"
     return RecoveryDecision(
         method="reconstruct" if fit.accepted else "none",
         fits=fit.fits if fit.accepted else None,
