@@ -80,7 +80,9 @@ def write_timing_cache(config: Any, path: Path | None) -> list[str]:
         try:
             write_bytes(path, bytes(cache.serialize()))
         except UserError as error:
-            return [f"the timing cache {path.name} was not written: {error.__cause__}"]
+            # The whole text names a folder of this machine, and the sidecar travels.
+            reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.__cause__
+            return [f"the timing cache {path.name} was not written: {reason}"]
     return []
 
 
