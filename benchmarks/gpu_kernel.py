@@ -97,7 +97,7 @@ def layer_table(
     print("|---|---:|---|---:|---:|---|---:|---:|---|---:|---:|---:|---:|---:|")
     losses: list[float] = []
     notes: list[str] = []
-    speed_ups: dict[tuple[tuple[int, int], float, int], list[float]] = {}
+    speed_ups: dict[tuple[int, int, tuple[int, int], float], list[float]] = {}
     for (k, n, activation), batch in itertools.product(LAYERS, batches):
         m = batch * TOKENS
         x = random_x(m, k, dtype)
@@ -115,7 +115,7 @@ def layer_table(
             losses.append(times[layer.plan.default_tactic(m)] / us - 1)
             tflops = 2 * m * np.count_nonzero(weights.mask) / us * 1e-6
             if dense:
-                speed_ups.setdefault((block, density, batch), []).append(dense / us)
+                speed_ups.setdefault((min(k, n), batch, block, density), []).append(dense / us)
             row = (
                 *(f"{k} x {n}", batch, activation, _number(dense) + lacks, _number(two_four), f"{block[0]}x{block[1]}"),
                 *(f"{density:.2f}", f"{us:.2f}", layer.plan.tactics[tactic], f"{layer.plan.density(tactic):.2f}"),
@@ -125,9 +125,9 @@ def layer_table(
             print(f"| {' | '.join(map(str, row))} |", flush=True)
             layer.plan.close()
     print(f"\nThe default tactic takes {statistics.mean(losses):.0%} more than the fastest on average.\n")
-    for (block, density, batch), gains in speed_ups.items():
-        gain = f"{statistics.geometric_mean(gains):.2f} x dense, at least {min(gains):.2f}"
-        print(f"- {block[0]}x{block[1]}, density {density:.2f}, batch {batch}: {gain}")
+    for (width, batch, block, density), gains in speed_ups.items():
+        gain = f"{statistics.geometric_mean(gains):.2f} x dense over the layers, at least {min(gains):.2f}"
+        print(f"- width {width}, batch {batch}, {block[0]}x{block[1]}, density {density:.2f}: {gain}")
     for note in notes:
         print(f"- {note}")
     print(flush=True)
