@@ -88,15 +88,19 @@ def analyse_model(path: Path, request: SensitivityRequest, output: Path | None) 
 
 def sensitivity_table(result: Mapping[str, Any]) -> Table:
     """Return a table of the layers, one row each, from the content of sensitivity.json."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(
-        title=f"δ of {result['objective']} over {result['samples']} samples, estimated to second order, when the least "
-        "important blocks go"
+    from lsp_deploy.reporting.pruning_words import objective_unit
+
+    title = (
+        f"δ of {result['objective']} over {result['samples']} samples, in {objective_unit(result['objective'])}, when "
+        "the least important blocks go (estimated, to second order)"
     )
-    table.add_column("layer", overflow="fold", min_width=24)
-    for column in ("K × N", "blocks", *(f"δ at {percent} %" for percent in _SHOWN_PERCENT)):
-        table.add_column(column, justify="right")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, title_justify="left")
+    table.add_column("layer", overflow="fold", min_width=20)
+    for column in ("K × N", "blocks", *(f"{percent} %" for percent in _SHOWN_PERCENT)):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, layer in result["layers"].items():
         shown = [f"{layer['delta_at_percent'][str(percent)]:.3g}" for percent in _SHOWN_PERCENT]
         table.add_row(name, f"{layer['K']} × {layer['N']}", str(layer["blocks"]), *shown)
