@@ -42,11 +42,17 @@ def self_check(library: CudaLibrary, every: int = 1) -> int:
     """
     start, count, bad = time.perf_counter(), 0, 0
     for number, case in enumerate(_cases(every)):
-        for name, error in _errors(library, case, number):
-            count += 1
-            if not error <= 1:
-                bad += 1
-                print(f"WRONG: {name}: {error:.3g} of what is allowed", flush=True)
+        done = "no tactic"
+        try:
+            for name, error in _errors(library, case, number):
+                count += 1
+                done = name
+                if not error <= 1:
+                    bad += 1
+                    print(f"WRONG: {name}: {error:.3g} of what is allowed", flush=True)
+        except RuntimeError:  # CUDA's, after which nothing runs in this process
+            print(f"BROKEN: {case}, after {done}", flush=True)
+            raise
     print(f"self-check: {count} runs, {bad} wrong, {time.perf_counter() - start:.0f} s\n", flush=True)
     return bad
 

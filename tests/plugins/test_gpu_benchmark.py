@@ -111,6 +111,27 @@ def test_the_self_check_finds_a_wrong_kernel(
     assert "WRONG: 128x64, Case(" in capsys.readouterr().out
 
 
+def test_the_self_check_says_where_cuda_gave_up(
+    benchmark: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    self_check = benchmark().self_check
+    cases = small_cases(self_check, (torch.float16,))
+    monkeypatch.setattr(self_check, "_cases", lambda every: iter(cases))
+    errors = iter([0.0, 0.0])
+
+    def error(y: Any, exact: Any) -> float:
+        for one in errors:
+            return one
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(self_check, "_error", error)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        benchmark("--parts", "check")
+    assert "rows=1, compared=None), after 128x128, Case(" in capsys.readouterr().out
+
+
 def test_tables_have_all_layers(
     benchmark: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
