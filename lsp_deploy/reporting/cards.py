@@ -212,7 +212,7 @@ def _engine(report: Report) -> Card:
         return Card(
             title=f"Engine for {report.target.name}",
             value="not built",
-            detail=(engine.not_built_reason or "").splitlines()[0] if engine.not_built_reason else "",
+            detail=_without_commands(engine.not_built_reason or ""),
             basis="",
         )
     detail = f"{engine.backend}, {formatting.file_size(engine.size_bytes or 0)}"
@@ -226,6 +226,12 @@ def _engine(report: Report) -> Card:
         basis="measured",
         state="warn" if differs else "good",
     )
+
+
+def _without_commands(reason: str) -> str:
+    """Return why there is no engine, and instead of what to run where it stands."""
+    first, *commands = reason.splitlines() or [""]
+    return f"{first.rpartition('; ')[0] or first.rstrip(':')}; what to run there stands below" if commands else first
 
 
 def as_asked_words(report: Report) -> str:

@@ -172,6 +172,21 @@ def test_rows_say_what_runs_a_layer_and_what_it_takes(plan: Plan) -> None:
     assert len(groups["engine fp32"].layers) == 2
 
 
+@pytest.mark.parametrize(
+    ("reason", "detail"),
+    [
+        ("not built: --no-build", "not built: --no-build"),
+        (
+            "no builder: copy it; on the device run:\n# a remark\ntrtexec",
+            "no builder: copy it; what to run there stands below",
+        ),
+    ],
+)
+def test_the_card_of_an_engine_that_was_not_built_ends_in_a_sentence(plan: Plan, reason: str, detail: str) -> None:
+    report = sample_report(plan, engine_section={"built": False, "not_built_reason": reason})
+    assert next(card for card in cards(report) if card.value == "not built").detail == detail
+
+
 def test_the_times_of_all_layers_are_summed(plan: Plan) -> None:
     times = linear_time(on_cpu(plan), batch=8)
     assert times is not None
