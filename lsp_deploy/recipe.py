@@ -161,7 +161,11 @@ class Recipe(BaseModel):
     io_types: Literal["keep", "target"] = Field(
         "keep", description="Element types of the model's inputs and outputs: as they were, or the target's."
     )
-    seed: int = Field(0, description="Seed of everything that draws; the same command gives the same bytes.")
+    seed: int = Field(
+        0,
+        description="Seed of everything that draws; the same command gives the same bytes, where layers are timed from "
+        "the same times.",
+    )
 
     @field_validator("exclude")
     @classmethod

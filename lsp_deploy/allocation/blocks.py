@@ -103,7 +103,8 @@ def blocks_within_loss(
 
 def points_of_loss(budget: float) -> str:
     """Return a loss budget as reasons name it."""
-    return f"{budget:g} point{'' if budget == 1 else 's'} of loss"
+    number = f"{budget:.3g}"
+    return f"{number} point{'' if number == '1' else 's'} of loss"
 
 
 def _why_none(question: Question) -> str | None:

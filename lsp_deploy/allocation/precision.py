@@ -92,5 +92,5 @@ def without_int8(
     decision: PrecisionDecision, compute_type: Literal["fp32", "fp16", "bf16"], budget: float
 ) -> PrecisionDecision:
     """Return the decision taken back because the loss budget (points) does not allow it."""
-    reason = f"{compute_type}: int8 here would take the loss on held-out images above {budget:g} points"
+    reason = f"{compute_type}: int8 here would take the loss on held-out images above {budget:.3g} points"
     return PrecisionDecision(asked=decision.asked, dtype=compute_type, sqnr_db=decision.sqnr_db, reason=reason)

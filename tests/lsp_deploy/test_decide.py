@@ -185,10 +185,11 @@ def test_without_a_budget_the_search_stays_within_reach(ask, monkeypatch: pytest
     assert kept_columns(plan) == kept_columns(adopt(plan, question.pruner.blocks(0.55)))
 
 
-def test_where_no_block_fits_the_model_stays_dense(ask) -> None:
-    plan, pruning = decide(ask(sparsity="block", max_drop=1.0, loss=lambda plan: 9.0 if plan.masks else 0.0))
+@pytest.mark.parametrize(("budget", "words"), [(1.0, "1 point"), (1.00253, "1 point"), (2.5, "2.5 points")])
+def test_where_no_block_fits_the_model_stays_dense(ask, budget: float, words: str) -> None:
+    plan, pruning = decide(ask(sparsity="block", max_drop=budget, loss=lambda plan: 9.0 if plan.masks else 0.0))
     assert pruning is None and not plan.masks and not plan.weights
-    assert all("fits 1 point of loss" in layer.sparsity.reason for layer in plan.layers)
+    assert all(f"fits {words} of loss" in layer.sparsity.reason for layer in plan.layers)
 
 
 @pytest.mark.parametrize(
