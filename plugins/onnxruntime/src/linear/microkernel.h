@@ -13,6 +13,26 @@
 
 namespace lsp {
 
+// What is quantized is activated beforehand, in the buffer: GELU and quantization in one pass would be chains of
+// instructions so long that the CPU overlaps too few of them.
+template <class V>
+void finish(const Tile& tile, float* buffer, int columns, int rows) {
+  if (tile.epilogue->out_type != LSP_INT8 || tile.epilogue->activation == LSP_NONE) {
+    return finish_tile<V>(tile, buffer, columns, rows);
+  }
+  Epilogue activation, rest = *tile.epilogue;
+  activation.activation = tile.epilogue->activation;
+  rest.activation = LSP_NONE;
+  Tile activated = tile, quantized = tile;
+  activated.epilogue = &activation;
+  activated.residual = nullptr;
+  activated.y = buffer;
+  activated.stride = activated.columns = columns;
+  quantized.epilogue = &rest;
+  finish_tile<V>(activated, buffer, columns, rows);
+  finish_tile<V>(quantized, buffer, columns, rows);
+}
+
 // One tile of ROWS rows and VECTORS vectors of columns. Arithmetic has, besides V: the types Sum and Word, `group`,
 // start(const int32_t*), load(const char*), broadcast(const char*), step(Sum, Word, Word) and
 // finish(Sum, scale, bias), which gives a V of float.
@@ -76,7 +96,7 @@ void multiply_tile(const Tile& tile) {
       V::store(out + r * stride + v * V::lanes, value);
     }
   }
-  if (!direct) finish_tile<V>(tile, buffer, columns, ROWS);
+  if (!direct) finish<V>(tile, buffer, columns, ROWS);
 }
 
 // Calls multiply_tile for the tile's height, of at most ROWS.
