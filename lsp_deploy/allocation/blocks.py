@@ -62,12 +62,19 @@ def typed_blocks(question: Question, plan: Plan, keep: float) -> tuple[Plan, Pru
 
 
 def blocks_within_loss(
-    question: Question, plan: Plan, budget: float, asked: str = "block", *, first: float = 1 - 1 / _STEPS
+    question: Question,
+    plan: Plan,
+    budget: float,
+    asked: str = "block",
+    *,
+    first: float = 1 - 1 / _STEPS,
+    losses: list[float] | None = None,
 ) -> tuple[Plan, Pruning | None]:
     """Return the plan with as many blocks removed as lose no more than `budget` points on the held-out images.
 
     No more than --flops needs, where that is given. From few to many: a gradual search goes on from the step before,
     and a budget of a point is usually met early. `first` is the fraction of the measure that the first step leaves.
+    What each step was found to lose, in points, is added to `losses`.
 
     Raises:
         UserError: the model has no class output to measure a loss on, or there is nothing to differentiate with.
@@ -90,7 +97,10 @@ def blocks_within_loss(
         return renew_grids(question, adopt(plan, pruning)), pruning
 
     def loss(found: tuple[Plan, Pruning] | None) -> float:
-        return float("inf") if found is None else question.loss_of(found[0])
+        lost = float("inf") if found is None else question.loss_of(found[0])
+        if losses is not None:
+            losses.append(lost)
+        return lost
 
     # One step more would leave nothing, or less than is wanted.
     most = min(math.ceil(first * _STEPS - 1e-9), 1 + max(0, math.ceil((first - least) * _STEPS - 1e-9)))

@@ -6,6 +6,7 @@ would beat 2:4; where that loses too much, or no mask can be fast enough, nothin
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,13 +50,17 @@ def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, 
         wanted_us = (1 - worth) * gpu_time_us(question, halved)
         if _least_us(question, trial) > wanted_us:
             return _without_blocks(halved, f"zero blocks cannot save {worth:.0%} of the time", question), found
-        blocks, pruning = blocks_within_loss(question, trial, budget, "auto", first=wanted_us / dense_us)
+        losses: list[float] = []
+        left = wanted_us / dense_us
+        blocks, pruning = blocks_within_loss(question, trial, budget, "auto", first=left, losses=losses)
         blocks_us = gpu_time_us(question, blocks)
     except UserError as error:  # nobody asked for blocks
         return _without_blocks(halved, f"blocks were not tried: {error}", question, why=""), found
     if pruning is None:
         few = f"zero blocks within {points_of_loss(budget)} are too few to save {worth:.0%} of the time"
-        return _without_blocks(halved, few, question), found
+        lost = "no mask leaves so little" if math.isinf(losses[0]) else f"{losses[0]:.2f} points are lost"
+        reason = f"{few}{_basis(question)}; {lost} with {left:.0%} of the FLOPs left"
+        return _without_blocks(halved, reason, question, why=""), found
     if blocks_us > wanted_us:
         least = (
             f"zero blocks leave {blocks_us / dense_us:.0%} of the time, {wanted_us / dense_us:.0%} would be worth it"
@@ -98,11 +103,15 @@ def _mask(size: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
     return kept.reshape(grid).repeat(block[0], axis=0).repeat(block[1], axis=1)[: size[0], : size[1]]
 
 
+def _basis(question: Question) -> str:
+    """Return where the times in a reason come from."""
+    timings = question.gpu_timings
+    return " (estimated)" if timings is None else f" (measured on {timings.device})"
+
+
 def _without_blocks(plan: Plan, reason: str, question: Question, why: str | None = None) -> Plan:
     """Return the plan, every layer that could have lost blocks with the reason why it has not."""
-    if why is None:
-        timings = question.gpu_timings
-        why = " (estimated)" if timings is None else f" (measured on {timings.device})"
+    why = _basis(question) if why is None else why
     result = plan.branch()
     for layer, of_model in zip(result.layers, question.layers, strict=True):
         if _can_lose_blocks(layer, of_model, question):
