@@ -67,7 +67,7 @@ def run_warnings(
         warnings.append(budget.warning)
     if budget is not None and (unsure := _unsure(fidelity, budget)):
         warnings.append(unsure)
-    if data.preprocess_from == "default" and data.calibration.kind == "images":
+    if data.preprocess_from == "default" and "images" in (data.calibration.kind, data.held_out.kind):
         warnings.append("the model does not say how its images are prepared: imagenet was assumed (--preprocess)")
     skipped = {dataset.name: dataset.skipped for dataset in (data.calibration, data.held_out) if dataset.skipped}
     warnings += [f"{number} images of {name} did not decode and were skipped" for name, number in skipped.items()]

@@ -58,7 +58,8 @@ def open_data(prepared: PreparedModel, recipe: Recipe) -> CalibrationData:
         prepared.original,
         prepared.shapes.opt,
         source,
-        preprocess=recipe.preprocess,
+        # Made-up data is not prepared: then --preprocess is for --eval-data.
+        preprocess=None if source in NAMED_DATA and recipe.eval_data is not None else recipe.preprocess,
         labels=recipe.labels,
         label_column=recipe.label_column,
         samples=samples,
@@ -141,7 +142,7 @@ def _split(prepared: PreparedModel, recipe: Recipe, named: Dataset, preprocess_f
     from lsp_deploy.data import hold_out
 
     if recipe.eval_data is not None:
-        evaluation, _ = open_named(
+        evaluation, evaluation_from = open_named(
             prepared.original,
             prepared.shapes.opt,
             recipe.eval_data,
@@ -151,10 +152,13 @@ def _split(prepared: PreparedModel, recipe: Recipe, named: Dataset, preprocess_f
             samples=None,
             seed=recipe.seed,
         )
+        if named.kind != "images":
+            preprocess_from = evaluation_from
+            warn_assumed_preprocess(evaluation, evaluation_from)
         return CalibrationData(named, evaluation, f"--eval-data {recipe.eval_data}", preprocess_from)
     calibration, held_out = hold_out(named)
     if len(named) < 5:
-        words = f"all {len(named)} calibration samples: too few to hold any out, so fidelity is measured on them"
+        words = f"all {len(named)} calibration samples: too few to hold any out"
         return CalibrationData(calibration, held_out, words, preprocess_from, [f"fidelity is measured on {words}"])
     words = f"every fifth calibration sample, held out ({len(held_out)} of {len(named)})"
     return CalibrationData(calibration, held_out, words, preprocess_from, [f"fidelity is measured on {words}"])
