@@ -33,7 +33,7 @@ def load_engine(
         module: what it was built with.
         path: the engine; its sidecar says which GPU it is for.
         weights: ONNX file whose weights go into it; an engine that was built without weights needs them.
-        plugins: libraries of the plugins in it that it does not hold itself.
+        plugins: libraries of the plugins in it; those that it holds itself are not loaded again.
 
     Raises:
         UserError: there is no such file, no GPU or another one, or TensorRT does not take the engine.
@@ -49,7 +49,9 @@ def load_engine(
     trt: Any = importlib.import_module(module)
     logger, errors = _logger(module)
     errors.clear()
-    new = [library for library in plugins if (module, library.resolve()) not in _LOADED]
+    held = {library.name for library in info.options.plugins} if info.options is not None else set()
+    wanted = [library for library in plugins if library.name not in held]  # the engine brings its own
+    new = [library for library in wanted if (module, library.resolve()) not in _LOADED]
     try:
         load_plugins(trt, logger, new)
     except NotInThisVersionError as error:

@@ -141,6 +141,15 @@ def test_a_plugin_in_the_working_folder_needs_no_path(make_model, tmp_path: Path
         assert "x" in loaded.inputs
 
 
+def test_a_library_that_the_engine_holds_is_not_loaded_beside_it(make_model, tmp_path: Path, cuda):
+    library = tmp_path / "held.so"
+    library.touch()
+    engine, _ = build(make_model(), SHAPES.model_copy(update={"plugins": (library,)}))
+    with loading.load_engine("tensorrt", engine, plugins=(library,)) as loaded:
+        assert "x" in loaded.inputs
+    assert ("tensorrt", library) not in loading._LOADED
+
+
 def test_what_was_measured_is_kept_and_used_again(make_model, tmp_path: Path):
     cache = tmp_path / "cache"
     options = SHAPES.model_copy(update={"timing_cache": cache})

@@ -218,6 +218,9 @@ class Runtime:
         if settings["plugins"] and not self.engine_host_code_allowed:
             self.logger.log(Severity.ERROR, "host code is not allowed")
             return None
+        if _LOADED.intersection(settings["plugins"]):
+            self.logger.log(Severity.ERROR, "the plugins in the engine are known already")
+            return None
         return _Engine(settings, model)
 
 
