@@ -110,7 +110,9 @@ def _latencies(report: Report) -> list[Sequence[str]]:
     for ratio in report.speedups:
         dense, compressed = by_batch[ratio.batch, "dense"], by_batch[ratio.batch, "compressed"]
         medians = [formatting.milliseconds(profile.latency_median_ms) for profile in (dense, compressed)]
-        words = f"{ratio.median_ratio:.2f} × as fast on {where}, batch {ratio.batch}, measured"
+        # Of rounds in which both ran: not the ratio of the two medians beside it.
+        rounds = f"median of {formatting.count(ratio.rounds, 'round')}, measured"
+        words = f"{ratio.median_ratio:.2f} × as fast on {where}, batch {ratio.batch}, {rounds}"
         rows.append(("median latency", *medians, words))
     return rows
 

@@ -86,6 +86,11 @@ def test_what_is_said_of_the_budget(typed: bool, met: bool, expected: str) -> No
     assert expected in render_page(report, plan)
 
 
+def test_the_ratio_of_latencies_is_called_that_of_rounds() -> None:
+    text = flat(printed(*summary_renderables(sample_report(sample_plan()))))
+    assert "as fast on this host's CPU, not a100, batch 1, median of 10 rounds, measured" in text
+
+
 def test_many_reasons_are_cut_short() -> None:
     plan = sample_plan(blocks=5, width=64)
     for number, layer in enumerate(plan.layers):
