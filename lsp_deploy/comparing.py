@@ -97,7 +97,7 @@ def compare_models(
     warn_assumed_preprocess(dataset, preprocess_from)
     evaluator = Evaluator(models["dense"], models["dense"], dataset, batch=DEFAULT_BATCHES[-1], threads=threads)
     paths = {"dense": dense, "compressed": compressed}
-    batches = batches or _default_batches(models["dense"])
+    batches = batches or _default_batches(models["dense"], shapes)
     runs_on = load_target(target)
     with _engines(paths, models, runs_on, shapes, (*batches, evaluator.batch), threads, plugins) as engines:
         description = f"compressed model on {runs_on.title}"
@@ -134,7 +134,7 @@ def profile_model(
     Args:
         model: ONNX file, or a built engine.
         target: name of the device that runs it: cpu, or the GPU of this machine.
-        batches: batch sizes; None: the model's own, or 1 and 8, of an engine 1.
+        batches: batch sizes; None: that of `shapes`, the model's own, or 1 and 8, of an engine 1.
         shapes: of its inputs, for what the model leaves open.
         threads: CPU threads.
         duration: seconds of measuring; with a power meter three of its windows at least.
@@ -158,7 +158,7 @@ def profile_model(
     loaded = models.get(model.name)
     if weights is not None and (loaded is not None or runs_on.kind != "gpu"):
         raise UserError(f"--weights is for engines of a GPU; {model} has its own")
-    sizes = batches or (_default_batches(loaded) if loaded is not None else (1,))
+    sizes = batches or (_default_batches(loaded, shapes) if loaded is not None else (1,))
     with _engines(paths, models, runs_on, shapes, sizes, threads, plugins, weights) as engines:
         (engine,) = engines.values()
         if loaded is None and not batches:
@@ -192,11 +192,12 @@ def _check_same_inputs(models: Mapping[str, ir.Model], dense: Path, compressed: 
         raise UserError(f"{dense} takes {', '.join(names[0])} but {compressed} takes {', '.join(names[1])}")
 
 
-def _default_batches(model: ir.Model) -> Sequence[int]:
-    """Return the batch sizes to time where none are named: the model's own, where it has a fixed one."""
+def _default_batches(model: ir.Model, shapes: Shapes | None) -> Sequence[int]:
+    """Return the batch sizes to time where none are named: that of the shapes, or the model's own if it is fixed."""
     from lsp_deploy.model import input_shapes
 
-    batch = next(iter(input_shapes(model).values()))[0]
+    name, declared = next(iter(input_shapes(model).items()))
+    batch = (shapes or {}).get(name, declared)[0]
     return (batch,) if isinstance(batch, int) else DEFAULT_BATCHES
 
 

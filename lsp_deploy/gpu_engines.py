@@ -42,11 +42,14 @@ def build_options(
     Raises:
         UserError: a given shape that does not fit, or a dynamic dimension beyond the batch that is not given.
     """
-    from lsp_deploy.model import resolve_shapes
+    from lsp_deploy.model import resolve_shapes, with_batch
 
     if model is None:
         return BuildOptions(plugins=tuple(plugins))
-    low, high = (resolve_shapes(model, shapes, batch=batch) for batch in (1, max(batches)))
+    resolve_shapes(model, shapes, batch=1)  # what was typed is looked at as it was typed
+    low, high = (
+        resolve_shapes(model, with_batch(model, shapes or {}, batch), batch=batch) for batch in (1, max(batches))
+    )
     return BuildOptions(min_shapes=low, opt_shapes=high, max_shapes=high, plugins=tuple(plugins))
 
 

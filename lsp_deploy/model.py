@@ -16,7 +16,16 @@ from lsp_deploy.errors import UserError
 from lsp_deploy.files import atomic_path, write_bytes
 from lsp_deploy.graph.model_checks import check_external_data, check_structure, check_weights
 
-__all__ = ["MAX_OPSET", "MIN_OPSET", "input_shapes", "load_model", "model_bytes", "resolve_shapes", "save_model"]
+__all__ = [
+    "MAX_OPSET",
+    "MIN_OPSET",
+    "input_shapes",
+    "load_model",
+    "model_bytes",
+    "resolve_shapes",
+    "save_model",
+    "with_batch",
+]
 
 MIN_OPSET, MAX_OPSET = 13, 23
 
@@ -124,6 +133,15 @@ def resolve_shapes(
     return {
         name: tuple(given[name]) if name in given else _sizes(name, shape, symbols, batch, flag)
         for name, shape in declared.items()
+    }
+
+
+def with_batch(model: ir.Model, shapes: Mapping[str, Sequence[int]], batch: int) -> dict[str, tuple[int, ...]]:
+    """Return `shapes`, by input name, with another batch where the model leaves the first dimension open."""
+    declared = input_shapes(model)
+    return {
+        name: (batch, *shape[1:]) if isinstance(next(iter(declared.get(name, ())), None), str) else tuple(shape)
+        for name, shape in shapes.items()
     }
 
 

@@ -122,7 +122,7 @@ def shape_bounds(
     Raises:
         UserError: a shape that does not fit, that is needed and not given, or bounds out of order.
     """
-    from lsp_deploy.model import resolve_shapes
+    from lsp_deploy.model import resolve_shapes, with_batch
 
     given = {"min": min_shapes, "opt": opt_shapes, "max": max_shapes}
     parsed = {which: parse_shapes(text) if text else None for which, text in given.items()}
@@ -136,7 +136,7 @@ def shape_bounds(
     for which, batch in BATCHES.items():
         shapes = parsed[which]
         if shapes is None and fallback is not None:
-            shapes = {name: _with_batch(model, name, shape, batch) for name, shape in fallback.items()}
+            shapes = with_batch(model, fallback, batch)
         resolved[which] = resolve_shapes(model, shapes, batch=batch, flag="--opt-shapes")
     for name in resolved["opt"]:
         triples = zip(resolved["min"][name], resolved["opt"][name], resolved["max"][name], strict=True)
@@ -162,12 +162,3 @@ def _compute_type(recipe: Recipe, target: Target) -> ComputeType:
 
 def _text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _with_batch(model: ir.Model, name: str, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    from lsp_deploy.model import input_shapes
-
-    declared = input_shapes(model).get(name)
-    if declared and isinstance(declared[0], str):
-        return (batch, *shape[1:])
-    return shape

@@ -99,6 +99,19 @@ def test_an_engine_of_one_batch_is_profiled_at_it(make_model, target: str, tmp_p
         assert one["batch"] == 2
 
 
+def test_the_batch_of_typed_shapes_is_the_one_that_is_timed(make_model, target: str):
+    model = str(make_model())
+    for device in (("--target", target), ()):
+        (one,) = answer("profile", model, *device, "--shapes", "x:3x4x64", "--no-power")["profiles"]
+        assert one["batch"] == 3
+        both = answer("profile", model, *device, "--shapes", "x:3x4x64", "--batch", "5", "--no-power")["profiles"]
+        assert [one["batch"] for one in both] == [5]
+    compared = answer(
+        "compare", model, model, "--target", target, "--shapes", "x:3x4x64", "--data", "random", "--no-power"
+    )
+    assert {one["batch"] for one in compared["profiles"]} == {3}
+
+
 def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str):
     model = str(make_model(name="dense.onnx"))
     compressed = str(make_model("int8", name="small.onnx"))
