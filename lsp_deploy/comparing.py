@@ -75,12 +75,15 @@ def compare_models(
             where power is wanted.
     """
     from lsp_deploy.engines.fidelity import run_dataset
+    from lsp_deploy.gpu_engines import is_engine_file
     from lsp_deploy.hardware.target import load_target
     from lsp_deploy.model import load_model, resolve_shapes
     from lsp_deploy.recipe import NAMED_DATA
     from lsp_deploy.steps.calibration import NAMED_SAMPLES, open_named, warn_assumed_preprocess
     from lsp_deploy.steps.evaluation import Evaluator
 
+    if engine := next((path for path in (dense, compressed) if is_engine_file(path)), None):
+        raise UserError(f"{engine} is an engine: compare takes ONNX files, and builds for --target itself")
     models = {"dense": load_model(dense), "compressed": load_model(compressed)}
     _check_same_inputs(models, dense, compressed)
     resolved = resolve_shapes(models["dense"], shapes, batch=DEFAULT_BATCHES[-1])

@@ -126,6 +126,13 @@ def test_an_engine_is_compared_with_onnx_runtime(make_model, target: str):
     }
 
 
+def test_an_engine_is_not_compared_itself(make_model, target: str):
+    model = make_model()
+    for pair in ((str(model), "small.engine"), ("dense.plan", str(model))):
+        with pytest.raises(UserError, match=r"(small.engine|dense.plan) is an engine: compare takes ONNX files"):
+            answer("compare", *pair, "--target", target)
+
+
 def test_a_gpu_that_is_not_here_is_a_sentence(make_model):
     with pytest.raises(UserError, match=r"h100 is not here: tensorrt: copy model.onnx to a machine with an NVIDIA GPU"):
         answer("profile", str(make_model()), "--target", "h100", "--no-power")
