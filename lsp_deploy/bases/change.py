@@ -57,13 +57,13 @@ def change_bases(network: Network, objective: Objective, arrangement: Arrangemen
     )
     trial = _Trial(network)
     kinds: list[tuple[str, list[_Change]]] = [
-        ("q and k of {} attentions", [partial(concentrate_qk, network, one, profile.inputs) for one in attentions]),
+        ("q and k of {} attention{}", [partial(concentrate_qk, network, one, profile.inputs) for one in attentions]),
         (
-            "v and proj of {} attentions",
+            "v and proj of {} attention{}",
             [partial(concentrate_v, network, one, profile.inputs, arrangement) for one in attentions],
         ),
         (
-            "the neurons of {} MLPs",
+            "the neurons of {} MLP{}",
             [
                 partial(order_neurons, network, mlp, profile.channels[mlp.second.name], arrangement)
                 for mlp in mlps
@@ -71,7 +71,7 @@ def change_bases(network: Network, objective: Objective, arrangement: Arrangemen
             ],
         ),
         (
-            "{} residual streams",
+            "{} residual stream{}",
             [partial(rotate_stream, network, stream, profile.normalized, arrangement) for stream in streams],
         ),
     ]
@@ -79,12 +79,16 @@ def change_bases(network: Network, objective: Objective, arrangement: Arrangemen
     for words, changes in kinds:
         done = trial.apply(changes)
         if done:
-            notes.append(words.format(done))
+            notes.append(_counted(words, done))
         if done < len(changes):
-            reasons.append(f"{words.format(len(changes) - done)}: the outputs would not have stayed the same")
+            reasons.append(f"{_counted(words, len(changes) - done)}: the outputs would not have stayed the same")
     network.reset()
     changed = f"bases changed, outputs the same: {', '.join(notes)}" if notes else "no basis could be changed"
     return [changed, *(f"basis kept: {reason}" for reason in reasons)]
+
+
+def _counted(words: str, number: int) -> str:
+    return words.format(number, "" if number == 1 else "s")
 
 
 class _Trial:

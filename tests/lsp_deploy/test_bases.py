@@ -206,7 +206,7 @@ def test_outputs_stay_in_onnx_runtime(name: str, arrangement: str) -> None:
     notes = change_bases(network, objective, arrangement)
     assert notes[0].startswith("bases changed, outputs the same")
     # What CLIP normalizes last, layers without a bias read.
-    assert ("residual streams" in notes[0]) == (name != "clip")
+    assert ("residual stream" in notes[0]) == (name != "clip")
     assert any("would not have stayed the same" in note for note in notes) == (name == "eva02")
     plan = plan_of(network)
     assert plan.weights and plan.biases
@@ -225,7 +225,7 @@ def test_what_changes_outputs_is_taken_back() -> None:
     network = moved_network(EXPORTS["eva02"]())  # its q and k are turned by position, in pairs of channels
     notes = change_bases(network, make_objective("output", network.model, None, seed=0), "sorted")
     assert any("q and k of 2 attentions: the outputs would not have stayed the same" in note for note in notes), notes
-    assert "v and proj of 2 attentions" in notes[0] and "1 residual streams" in notes[0]
+    assert "v and proj of 2 attentions" in notes[0] and notes[0].endswith(", 1 residual stream")
     assert "q and k" not in notes[0]
 
 
