@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lsp_deploy import console
 from lsp_deploy.allocation.gpu_execution import gpu_too_old
 from lsp_deploy.errors import UserError
-from lsp_deploy.files import write_text
+from lsp_deploy.files import make_folder, write_text
 from lsp_deploy.hardware.cpu_timings import LinearShape
 from lsp_deploy.hardware.gpu_timings import break_even_zeros
 
@@ -154,6 +155,10 @@ def _check_files(output: Path, plugins: Sequence[Path], *, force: bool) -> None:
     for path in plugins:
         if not path.is_file():
             raise UserError(f"plugin {path} does not exist")
+    # Now, and not when everything has been measured.
+    make_folder(output.parent)
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {output}: permission denied; choose another -o")
 
 
 def _shapes(batch: int) -> Iterable[LinearShape]:

@@ -118,6 +118,22 @@ def test_what_cannot_be_calibrated_is_refused(plugin: Path, target: str, output:
         calibrate_target(target, plugin.with_name(output), [plugin], timer=MadeUpTimer())
 
 
+class NeverTimed(MadeUpTimer):
+    def curves(self, shape, names, compute_type):
+        raise AssertionError("measured before it is known where the file goes")
+
+
+def test_where_the_file_goes_is_looked_at_before_anything_is_measured(plugin: Path, monkeypatch) -> None:
+    plugin.with_name("file").write_text("")
+    with pytest.raises(UserError, match=r"cannot make the folder .*file"):
+        calibrate_target("a100", plugin.with_name("file") / "x.toml", [plugin], timer=NeverTimed())
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=r"cannot write .*x.toml: permission denied"):
+        calibrate_target("a100", plugin.with_name("x.toml"), [plugin], timer=NeverTimed())
+    monkeypatch.undo()
+    assert calibrate_target("a100", plugin.with_name("new") / "x.toml", [plugin], timer=MadeUpTimer()).path.is_file()
+
+
 def test_a_file_is_replaced_only_on_demand(plugin: Path) -> None:
     first = calibrate(plugin).path.read_text()
     with pytest.raises(UserError, match="is there already"):
