@@ -50,7 +50,7 @@ def self_check(library: CudaLibrary, every: int = 1) -> int:
                 if not error <= 1:
                     bad += 1
                     print(f"WRONG: {name}: {error:.3g} of what is allowed", flush=True)
-        except RuntimeError:  # CUDA's, after which nothing runs in this process
+        except (RuntimeError, ValueError):  # CUDA's, after which nothing runs in this process
             print(f"BROKEN: {case}, after {done}", flush=True)
             raise
     print(f"self-check: {count} runs, {bad} wrong, {time.perf_counter() - start:.0f} s\n", flush=True)

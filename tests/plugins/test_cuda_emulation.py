@@ -121,7 +121,7 @@ def test_activations_hold_over_their_whole_range(library: CudaLibrary, activatio
     np.testing.assert_allclose(y, expected(layer, ir.DataType.FLOAT), rtol=2**-11, atol=2e-6)
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh"])
 def test_infinite_and_missing_numbers_pass_through(library: CudaLibrary, activation: str) -> None:
     layer = make_layer(
         5, (32, 32), (32, 32), density=1, values_type=FLOAT16, draw=small_integers, seed=0, out_type=FLOAT16,

@@ -78,8 +78,8 @@ inline uint32_t to_bits(int32_t v) { return static_cast<uint32_t>(v); }
 inline void add_bits(float& sum, uint32_t v) { sum += bits_as<float>(v); }
 inline void add_bits(int32_t& sum, uint32_t v) { sum += static_cast<int32_t>(v); }
 
-inline float exponential(float v) { return std::exp(v); }
-inline float divided(float v, float by) { return v / by; }
+inline float power_of_two(float v) { return std::exp2(v); }
+inline float reciprocal(float v) { return 1 / v; }
 inline float multiplied_added(float a, float b, float c) { return std::fma(a, b, c); }
 inline int rounded(float v) { return v != v ? 0 : static_cast<int>(std::nearbyint(std::min(std::max(v, -2e9f), 2e9f))); }
 

@@ -12,16 +12,17 @@ enum Activation { NONE = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 // nothing cancels for negative x, and infinity stays infinity.
 LSP_DEVICE float gelu(float x) {
   const float scaled = (x < 0 ? -x : x) * 0.70710678f, z = scaled > 10.f ? 10.f : scaled,
-              t = divided(1.f, 1.f + 0.3275911f * z);
+              t = reciprocal(1.f + 0.3275911f * z);
   const float erfc = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) *
-                     t * exponential(-z * z);
+                     t * power_of_two(z * (-1.44269504f * z));
   return (x > 0 ? x : 0.f) - z * 0.70710678f * erfc;
 }
 
-// 0.5·x·(1 + tanh(u)) = x / (1 + exp(-2u)).
+// 0.5·x·(1 + tanh(u)) = x / (1 + exp(-2u)), with exp(-2u) as a power of two. Both limits are where the result is 0 in
+// 16 bits; with them, minus infinity becomes no infinity.
 LSP_DEVICE float gelu_tanh(float x) {
-  const float u = 0.79788456f * (x + 0.044715f * x * x * x);
-  return divided(x, 1.f + exponential(u > -40.f ? -2.f * u : 80.f));
+  const float power = power_of_two(x * (-2.3022082f - 0.10294324f * x * x));
+  return (x < -9.f ? -9.f : x) * reciprocal(1.f + (power > 1e30f ? 1e30f : power));
 }
 
 LSP_DEVICE int quantized(float v, float reciprocal, float offset) {

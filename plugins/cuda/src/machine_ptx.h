@@ -79,8 +79,17 @@ LSP_DEVICE uint32_t to_bits(int32_t v) { return static_cast<uint32_t>(v); }
 LSP_DEVICE void add_bits(float& sum, uint32_t v) { sum += __uint_as_float(v); }
 LSP_DEVICE void add_bits(int32_t& sum, uint32_t v) { sum += static_cast<int32_t>(v); }
 
-LSP_DEVICE float exponential(float v) { return __expf(v); }
-LSP_DEVICE float divided(float v, float by) { return __fdividef(v, by); }
+// One instruction each: what is below 2^-126 counts as 0, which the intrinsics take several more to keep.
+LSP_DEVICE float power_of_two(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(v));
+  return power;
+}
+LSP_DEVICE float reciprocal(float v) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(v));
+  return result;
+}
 LSP_DEVICE float multiplied_added(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 LSP_DEVICE int rounded(float v) { return __float2int_rn(v); }  // saturates
 
