@@ -74,9 +74,18 @@ def gpu_engines(
             else:
                 opened = _build(path, target, options, Path(folder) / f"{number}.engine")
             engines[label] = stack.enter_context(opened)
-            for warning in engines[label].describe().warnings:
-                console.warn(f"{label}: {warning}")
+        told = _warn(engines, frozenset())
         yield engines
+        _warn(engines, told)  # what was met in running
+
+
+def _warn(engines: Mapping[str, Engine], told: frozenset[str]) -> frozenset[str]:
+    """Tell what engines warn of and was not told before; return all of it."""
+    said = [f"{label}: {warning}" for label, engine in engines.items() for warning in engine.describe().warnings]
+    for warning in said:
+        if warning not in told:
+            console.warn(warning)
+    return told.union(said)
 
 
 def engine_shapes(engine: Engine, given: Mapping[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:

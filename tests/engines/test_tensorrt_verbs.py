@@ -59,6 +59,13 @@ def test_a_model_is_profiled_on_the_gpu(make_model, target: str, cuda):
     assert (cuda.memory, cuda.handles) == ({}, {})
 
 
+def test_a_profile_without_a_cuda_graph_says_so(make_model, target: str, cuda):
+    cuda.refuse.add("cudaStreamBeginCapture")
+    arguments = ["profile", str(make_model(batch=2)), "--target", target, "--no-power"]
+    said = CliRunner().invoke(app, arguments, catch_exceptions=False).stderr
+    assert said.count("model.onnx: runs without a CUDA graph, each launch costs its time") == 1
+
+
 def test_an_engine_file_is_profiled_as_it_is(make_model, target: str):
     model = make_model()
     options = BuildOptions(min_shapes={"x": (1, 4, 64)}, opt_shapes={"x": (4, 4, 64)}, max_shapes={"x": (4, 4, 64)})
