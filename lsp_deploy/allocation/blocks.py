@@ -12,7 +12,7 @@ from lsp_deploy.allocation.sparsity import dense, does_not_pay
 from lsp_deploy.errors import UserError
 from lsp_deploy.plan import Plan
 
-__all__ = ["add_blocks", "blocks_within_loss", "points_of_loss", "typed_blocks"]
+__all__ = ["add_blocks", "blocks_within_loss", "typed_blocks"]
 
 _STEPS = 20  # without a budget, what remains is searched in steps of 5 %
 _WORTH = 0.03  # of the linear layers' time: below that, `auto` leaves them dense
@@ -42,8 +42,8 @@ def add_blocks(question: Question, plan: Plan, budget: float) -> tuple[Plan, Pru
     if saved >= _WORTH:
         return found, pruning
     little = (
-        f"left dense: zero blocks within {points_of_loss(budget)} would save {max(saved, 0):.1%} of the linear "
-        f"layers' time (measured), less than {_WORTH:.0%}"
+        f"left dense: zero blocks within {question.points_of_loss(budget)} would save {max(saved, 0):.1%} of the "
+        f"linear layers' time (measured), less than {_WORTH:.0%}"
     )
     return _dense(question, plan, little, "auto"), None
 
@@ -106,15 +106,9 @@ def blocks_within_loss(
     most = min(math.ceil(first * _STEPS - 1e-9), 1 + max(0, math.ceil((first - least) * _STEPS - 1e-9)))
     best = climb_within_budget(most, trial, loss, budget)
     if best is None:
-        reason = f"left dense: no ratio of zero blocks fits {points_of_loss(budget)}"
+        reason = f"left dense: no ratio of zero blocks fits {question.points_of_loss(budget)}"
         return _dense(question, plan, reason, asked), None
     return best
-
-
-def points_of_loss(budget: float) -> str:
-    """Return a loss budget as reasons name it."""
-    number = f"{budget:.3g}"
-    return f"{number} point{'' if number == '1' else 's'} of loss"
 
 
 def _why_none(question: Question) -> str | None:

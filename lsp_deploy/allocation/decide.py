@@ -116,7 +116,7 @@ def _without_auto(plan: Plan) -> Plan:
     trial = plan.branch()
     for layer in trial.layers:
         if layer.precision.asked == "auto" and layer.precision.dtype == "int8":
-            layer.precision = without_int8(layer.precision, trial.compute_type, 0)
+            layer.precision = without_int8(layer.precision, trial.compute_type, "the budget")
     return trial
 
 
@@ -131,7 +131,7 @@ def _bound_int8(question: Question, plan: Plan, budget: float) -> None:
         candidate = plan.branch()
         for layer in order[count:]:
             dropped = candidate.layer(layer.name)
-            dropped.precision = without_int8(dropped.precision, candidate.compute_type, budget)
+            dropped.precision = without_int8(dropped.precision, candidate.compute_type, question.points_of_loss(budget))
         return candidate
 
     count = largest_within_budget(len(order), lambda n: question.loss_of(trial(n)), budget)

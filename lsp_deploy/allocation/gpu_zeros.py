@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsp_deploy.allocation.blocks import blocks_within_loss, points_of_loss
+from lsp_deploy.allocation.blocks import blocks_within_loss
 from lsp_deploy.allocation.gpu_execution import gpu_time_us, operator_cannot_run
 from lsp_deploy.allocation.precision import COMPRESSIBLE_ROLES
 from lsp_deploy.allocation.pruning import Pruning
@@ -57,7 +57,7 @@ def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, 
     except UserError as error:  # nobody asked for blocks
         return _without_blocks(halved, f"blocks were not tried: {error}", question, why=""), found
     if pruning is None:
-        few = f"zero blocks within {points_of_loss(budget)} are too few to save {worth:.0%} of the time"
+        few = f"zero blocks within {question.points_of_loss(budget)} are too few to save {worth:.0%} of the time"
         lost = "no mask leaves so little" if math.isinf(losses[0]) else f"{losses[0]:.2f} points are lost"
         reason = f"{few}{_basis(question)}; {lost} with {left:.0%} of the FLOPs left"
         return _without_blocks(halved, reason, question, why=""), found

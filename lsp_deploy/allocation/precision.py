@@ -89,8 +89,8 @@ def decide_precision(
 
 
 def without_int8(
-    decision: PrecisionDecision, compute_type: Literal["fp32", "fp16", "bf16"], budget: float
+    decision: PrecisionDecision, compute_type: Literal["fp32", "fp16", "bf16"], allowed: str
 ) -> PrecisionDecision:
-    """Return the decision taken back because the loss budget (points) does not allow it."""
-    reason = f"{compute_type}: int8 here would take the loss on held-out images above {budget:.3g} points"
+    """Return the decision taken back because the loss budget, in words, does not allow it."""
+    reason = f"{compute_type}: int8 here would exceed {allowed} on held-out images"
     return PrecisionDecision(asked=decision.asked, dtype=compute_type, sqnr_db=decision.sqnr_db, reason=reason)

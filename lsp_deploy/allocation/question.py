@@ -69,6 +69,12 @@ class Question:
             return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
         return f"left dense: {self.why_no_pruner}" if self.pruner is None else None
 
+    def points_of_loss(self, budget: float) -> str:
+        """Return a loss budget as reasons name it: under the default one, typed choices may lose what they lose."""
+        number, own = f"{budget:.3g}", f"{self.max_drop:.3g}"
+        words = f"{number} point{'' if number == '1' else 's'} of loss"
+        return words if number == own else f"{words} ({own} more than what was asked for loses by itself)"
+
     def loss_of(self, plan: Plan) -> float:
         """Return the points that a plan loses.
 

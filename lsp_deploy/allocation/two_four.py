@@ -98,7 +98,7 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
             else:
                 pruning.reasons[name] = (
                     f"left dense: 2:4 here too ({estimate}) "
-                    f"would take the loss on held-out images above {budget:.3g} points"
+                    f"would exceed {question.points_of_loss(budget)} on held-out images"
                 )
         return renew_grids(question, adopt(plan, pruning)), pruning
 
@@ -108,7 +108,7 @@ def add_two_four(question: Question, plan: Plan, budget: float) -> tuple[Plan, P
     best = best_within_budget(wanted, trial, loss, budget)
     if best is None:
         pruning = Pruning("auto")
-        too_much = f"left dense: 2:4 in any layer would take the loss on held-out images above {budget:.3g} points"
+        too_much = f"left dense: 2:4 in any layer would exceed {question.points_of_loss(budget)} on held-out images"
         pruning.reasons = dict.fromkeys(order, too_much if wanted else flops_are_met)
         return adopt(plan, pruning), pruning
     return best

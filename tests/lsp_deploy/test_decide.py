@@ -111,7 +111,7 @@ def test_auto_takes_the_least_damaging_layers_that_fit_the_budget(ask, fits: int
     assert chosen == inside[len(inside) - fits :]
     for layer in plan.layers:
         if layer.name in inside and layer.name not in chosen:
-            assert "above" in layer.sparsity.reason and "points" in layer.sparsity.reason
+            assert "would exceed" in layer.sparsity.reason and "points of loss" in layer.sparsity.reason
 
 
 def test_auto_stops_where_flops_are_met(ask) -> None:
@@ -223,6 +223,16 @@ def test_int8_is_taken_back_where_it_costs_too_much_and_zeros_come_after(ask) ->
                (layer.name for layer in plan.layers if layer.precision.dtype == "int8"))  # fmt: skip
     first_pruned = next(place for place, (_, pruned) in enumerate(seen) if pruned)
     assert all(pruned for _, pruned in seen[first_pruned:])
+
+
+def test_a_default_budget_on_top_of_typed_choices_is_explained(ask) -> None:
+    def loss(plan: Plan) -> float:
+        return (31.7 if plan.masks else 0.0) + 0.1 * sum(layer.precision.dtype == "int8" for layer in plan.layers)
+
+    plan, _ = decide(ask(loss, sparsity="2:4", precision="auto"))
+    reasons = {layer.precision.reason for layer in plan.layers}
+    words = "32.7 points of loss (1 more than what was asked for loses by itself)"
+    assert f"fp16: int8 here would exceed {words} on held-out images" in reasons
 
 
 def test_scales_are_those_of_the_weights_that_are_left(ask) -> None:
