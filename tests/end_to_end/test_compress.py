@@ -243,7 +243,7 @@ def test_auto_prunes_where_it_pays_and_stays_within_the_budget(run, bare: Path, 
     assert 0 < len(pruned) < 16
     assert report["budget"]["drop_points"] <= 3
     left = [layer["sparsity"]["reason"] for layer in report["layers"] if layer["sparsity"]["pattern"] == "dense"]
-    assert any("above 3 points" in reason for reason in left)
+    assert any("would exceed 3 points of loss" in reason for reason in left)
 
 
 def test_auto_stops_at_the_flops_target(run, bare: Path, paying_target: str) -> None:
