@@ -156,6 +156,13 @@ def _retyped(plan: Plan, timings: CpuTimings, *, bf16: str | None) -> Plan:
         if asked != "auto":
             continue
         times, density = timings.layers[layer.name], block_density(result, layer)
+        if times.shape.is_conv:
+            if now == "int8":
+                reason = "fp32: ONNX Runtime does not run a convolution like this in int8"
+                layer.precision = PrecisionDecision(
+                    asked=asked, dtype="fp32", sqnr_db=layer.precision.sqnr_db, reason=reason
+                )
+            continue
         least = _times_by_type(layer, times, density, bf16=bf16 is not None)
         best = _best(least, "bf16")
         if best == now:

@@ -56,7 +56,7 @@ def decide_precision(
 
     if asked == "bf16" and compute_type == "fp32":  # on a CPU, where an operator of its own multiplies in bf16
         if layer.node.op_type == "Conv":
-            return stays("fp32: the patch embedding is a convolution, which the bf16 operator does not do")
+            return stays("fp32: a convolution, which the bf16 operator does not do")
         return PrecisionDecision(asked=asked, dtype="bf16", reason="asked for: --precision bf16")
     if asked not in ("auto", "int8"):
         return stays(f"asked for: --precision {asked}")

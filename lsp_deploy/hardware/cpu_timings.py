@@ -80,8 +80,11 @@ class LayerTimes:
         return np.asarray(np.interp(np.asarray(density, np.float64), [place for place, _ in curve], times), np.float64)
 
     def usable(self, dtype: ElementType | None = None) -> list[str]:
-        """Return the candidates that a layer of an element type may take; of any type where None is given."""
-        return [name for name in self.curves if dtype is None or type_of(name) == dtype]
+        """Return the candidates that a layer of an element type may take; of any type where None is given.
+
+        The engine runs a convolution in any type: its one time stands for them all.
+        """
+        return [name for name in self.curves if dtype is None or self.shape.is_conv or type_of(name) == dtype]
 
     def fastest(self, dtype: ElementType | None = None, density: float = 1.0) -> str:
         """Return the fastest candidate of an element type, or of any; the first of equals.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exports import export_family
 from made_up_timer import RATES
 
 from lsp_deploy.files import sha256_of
@@ -98,6 +99,21 @@ def test_gathers_where_they_are_the_fastest(compress, monkeypatch: pytest.Monkey
     again = compress("--plan", "out/plan.json", out="again")
     assert again.code == 0, again.err
     assert sha256_of(Path("out/model.onnx")) == sha256_of(Path("again/model.onnx"))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", "fp32"), ("int8", "int8")])
+def test_convolutions_are_the_engines_and_int8_only_where_typed(
+    run, tmp_path: Path, precision: str, dtype: str
+) -> None:
+    """ONNX Runtime dequantizes them, which takes longer than to leave them alone."""
+    typed = ("--samples", "8", "--sparsity", "none", "--precision", precision, "--no-build", "-o", tmp_path / "out")
+    result = run("compress", export_family("convnext_atto"), "--target", "cpu", *typed)
+    assert result.code == 0, result.err
+    layers = load_plan(tmp_path / "out" / "plan.json").layers
+    mlp = [layer for layer in layers if layer.role in ("fc1", "fc2")]
+    assert mlp and {(layer.execution.kernel, layer.precision.dtype) for layer in mlp} == {("engine", dtype)}
+    assert all("convolution" in layer.execution.reason for layer in mlp)
+    assert dtype == "int8" or all("does not run a convolution" in layer.precision.reason for layer in mlp)
 
 
 def test_a_plan_that_cannot_run_so_is_refused(compress) -> None:

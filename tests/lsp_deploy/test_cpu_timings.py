@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,6 +89,11 @@ def test_what_was_not_timed_has_no_time() -> None:
         FULL.fastest("bf16")
     with pytest.raises(ValueError, match="not one of"):
         type_of("magic int8")
+
+
+def test_the_time_of_a_convolution_is_that_of_all_types() -> None:
+    conv = LayerTimes(replace(SHAPE, is_conv=True), {"matmul fp32": {1.0: 100.0}})
+    assert conv.fastest("int8") == "matmul fp32" and conv.least_us("int8") == 100.0
 
 
 def test_zeros_gain_where_the_fastest_gets_faster() -> None:
