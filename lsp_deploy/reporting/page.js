@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   // Sorts, filters and shortens the table of layers. Without this script the table is whole.
-  const AT_FIRST = window.matchMedia("(max-width: 1100px)").matches ? 8 : 16;
+  const AT_FIRST = window.matchMedia("(max-width: 1240px)").matches ? 8 : 16;
   const table = document.querySelector(".layers");
   if (!table) return;
   document.documentElement.classList.add("js");

@@ -15,6 +15,7 @@ from lsp_deploy.reporting.execution_rows import attention_execution
 from lsp_deploy.reporting.figures import accuracy_axis, drop_axis, latency_groups, wilson
 from lsp_deploy.reporting.page import render_page
 from lsp_deploy.reporting.report import Report
+from lsp_deploy.reporting.sections import LayerStructure
 
 VOID = {"meta", "br", "img", "input", "wbr", "link", "hr"}
 EVIL = "<script>alert(1)</script>\"' onload=x javascript:alert(2)"
@@ -230,6 +231,14 @@ def test_a_plan_that_was_carried_out_shows_its_zeros_but_not_how_they_were_found
     assert "refitted to the layer output" in text
     for absent in ("How zeros were chosen", "δ-curves", "Attention before and after", "No attention maps"):
         assert absent not in text
+
+
+def test_what_is_left_of_a_layer_stands_in_a_line_of_its_own(plan: Plan) -> None:
+    """Both sizes in one line pushed the reasons out of a page of 1280 pixels."""
+    report = sample_report(plan)
+    layer = report.layers[1]
+    layer.structure = LayerStructure(K=layer.K, N=layer.N - 32, note="32 columns went")
+    assert f"{layer.K} × {layer.N}<br>→ {layer.K} × {layer.N - 32}</td>" in render_page(report, plan)
 
 
 def test_attention_that_stays_as_exported_is_named_with_its_reason(plan: Plan) -> None:
