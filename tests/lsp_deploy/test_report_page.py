@@ -236,8 +236,11 @@ def test_a_plan_that_was_carried_out_shows_its_zeros_but_not_how_they_were_found
 def test_what_is_left_of_a_layer_stands_in_a_line_of_its_own(plan: Plan) -> None:
     """Both sizes in one line pushed the reasons out of a page of 1280 pixels."""
     report = sample_report(plan)
-    layer = report.layers[1]
-    layer.structure = LayerStructure(K=layer.K, N=layer.N - 32, note="32 columns went")
+    rows = list(report.layers)
+    layer = rows[1]
+    structure = LayerStructure(K=layer.K, N=layer.N - 32, note="32 columns went")
+    rows[1] = layer.model_copy(update={"structure": structure})
+    report = report.model_copy(update={"layers": rows})
     assert f"{layer.K} × {layer.N}<br>→ {layer.K} × {layer.N - 32}</td>" in render_page(report, plan)
 
 
