@@ -311,7 +311,11 @@ def sample_report(
         "outputs": [
             OutputFile(name="model.onnx", what="the compressed model", size_bytes=6_212_345),
             OutputFile(name="plan.json", what="every layer's decision and its reason", size_bytes=48_112),
-            OutputFile(name="plan.safetensors", what="masks, scales and changed weights that belong to the plan", size_bytes=702_113),
+            OutputFile(
+                name="plan.safetensors",
+                what="masks, scales and changed weights that belong to the plan",
+                size_bytes=702_113,
+            ),
             OutputFile(name="report.json", what="this report, for programs"),
             OutputFile(name="report.html", what="this report, for people"),
         ],
