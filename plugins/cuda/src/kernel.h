@@ -36,7 +36,8 @@ LSP_DEVICE Place place_of(const Arguments& a, int tile) {
 template <class Tile>
 class Loader {
  public:
-  LSP_DEVICE Loader(const Arguments& a, uint32_t ring) : a_(a), ring_(ring), tile_(block()) {
+  LSP_DEVICE Loader(const Arguments& a, uint32_t ring)
+      : a_(a), ring_(ring), values_(a.values + thread() % 32 * CHUNK_BYTES), tile_(block()) {
     const int row = thread() / Tile::CHUNKS, chunk = thread() % Tile::CHUNKS;
     chunk_at_ = row * Tile::K_BYTES + swizzled<Tile::CHUNKS>(row, chunk) * CHUNK_BYTES;
     begin_tile();
@@ -76,10 +77,12 @@ class Loader {
     }
   }
 
-  // Reads the table one step ahead: its latency is not in front of the copies.
+  // Reads the table one step ahead: its latency is not in front of the copies. With the limits of K and N, 32 bits are
+  // enough for its words.
   LSP_DEVICE void fetch() {
-    word_ = load(a_.slices + step_ * Tile::SLICES + thread() % Tile::CHUNKS / 2);
-    const int32_t* sub_blocks = a_.sub_blocks + static_cast<int64_t>(step_) * Tile::SUB_BLOCKS + thread() / 32;
+    const auto step = static_cast<uint32_t>(step_);
+    word_ = load(a_.slices + (step * Tile::SLICES + thread() % Tile::CHUNKS / 2));
+    const int32_t* sub_blocks = a_.sub_blocks + (step * Tile::SUB_BLOCKS + thread() / 32);
 #pragma unroll
     for (int i = 0; i < Tile::SUB_BLOCKS_A_WARP; ++i) sub_blocks_[i] = load(sub_blocks + i * Tile::WARPS);
   }
@@ -126,13 +129,13 @@ class Loader {
     for (int i = 0; i < Tile::SUB_BLOCKS_A_WARP; ++i)
       if (sub_blocks_[i] >= 0)
         copy_async(stage + (warp + i * Tile::WARPS) * SUB_BLOCK_BYTES,
-                   a_.values + static_cast<int64_t>(sub_blocks_[i]) * SUB_BLOCK_BYTES + lane * CHUNK_BYTES,
-                   CHUNK_BYTES);
+                   values_ + static_cast<int64_t>(sub_blocks_[i]) * SUB_BLOCK_BYTES, CHUNK_BYTES);
   }
 
   const Arguments& a_;
   const uint32_t ring_;
-  uint32_t chunk_at_;  // where this thread's first chunk is in a stage
+  const uint8_t* const values_;  // this lane's bytes of the first sub-block
+  uint32_t chunk_at_;            // where this thread's first chunk is in a stage
   int tile_, step_, last_, stage_ = 0;
   int row_;                                      // this thread's first row of the tile
   const uint8_t* x_;                             // its bytes
