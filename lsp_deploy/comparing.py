@@ -284,7 +284,7 @@ def _profiles(
     results: list[Profile] = []
     with power_recorder(target.kind, power) as recorder, console.progress(_doing(recorder), len(batches)) as advance:
         for batch in batches:
-            feeds = dataset.feeds([index % len(dataset) for index in range(batch)])
+            feeds = dataset.batch(batch)
             measured = profile(
                 engines,
                 feeds,

@@ -115,7 +115,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         measured = measure(prepared, compressed, evaluator, target, options.threads)
         attention = None
         if plan.masks:
-            first = evaluator.held_out.feeds(range(evaluator.batch) if prepared.fixed_batch else [0])
+            first = evaluator.held_out.batch(evaluator.batch if prepared.fixed_batch else 1)
             shown = _with_attention_weights(compressed, prepared, plan, target)
             attention = attention_maps(prepared.canonical, shown, first, threads=options.threads)
     report = assemble(

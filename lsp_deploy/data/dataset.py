@@ -53,6 +53,10 @@ class Dataset:
         """Return the model's inputs by name for the samples at `indices`, each [len(indices), ...]."""
         return self.reader.read(self.rows[np.asarray(indices, np.int64)])
 
+    def batch(self, size: int) -> dict[str, NDArray[Any]]:
+        """Return the feeds of `size` samples, the first ones; where there are fewer, from the first again."""
+        return self.feeds([index % len(self) for index in range(size)])
+
     def batches(self, size: int) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield feeds of `size` samples in order; the last batch may be smaller."""
         for start in range(0, len(self), size):

@@ -48,7 +48,7 @@ def measure(
 
     fidelity = evaluator.fidelity(compressed)
     batch = next(iter(prepared.shapes.min.values()))[0]
-    feeds = evaluator.held_out.feeds([index % len(evaluator.held_out) for index in range(batch)])
+    feeds = evaluator.held_out.batch(batch)
     with (
         console.progress("profiling dense and compressed on this CPU", 1) as advance,
         OnnxRuntimeEngine.from_model(prepared.original, threads=threads, float32_twin=True) as dense,

@@ -56,11 +56,12 @@ def test_a_fixed_batch_with_another_dynamic_dimension(run) -> None:
 SHAPES = ("--min-shapes", "x:1x3x16", "--opt-shapes", "x:1x5x16", "--max-shapes", "x:1x7x16")
 
 
-def test_a_fixed_batch_need_not_divide_the_samples(run) -> None:
+@pytest.mark.parametrize("zeros", [(), ("--sparsity", "block", "--block", "16x16", "--flops", "0.7")])
+def test_a_fixed_batch_need_not_divide_the_samples(run, zeros: tuple[str, ...]) -> None:
     write_mlp(Path("m.onnx"), 4, 5)
     result = run(
         *("compress", "m.onnx", "--target", "a100", "--calibration-data", "random", "--samples", 10),
-        *("--precision", "int8", "--no-build", "-o", "out"),
+        *("--precision", "int8", "--no-build", "-o", "out", *zeros),
     )
     assert result.code == 0, result.err
     report = json.loads(Path("out/report.json").read_text())
