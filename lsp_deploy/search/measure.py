@@ -6,7 +6,7 @@ where there are some: always on a CPU, which has no cost model, and on a GPU tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Measure:
     """Cost outside the linear layers."""
     times: Mapping[str, LayerTimes] = field(default_factory=dict)
     """What layers take on this machine, by layer name, where it is the target."""
+    dense_only: frozenset[str] = frozenset()
+    """Layers that nothing runs faster for their zeros: convolutions on a GPU. They save neither time nor energy."""
 
     @property
     def unit(self) -> str:
@@ -87,6 +89,8 @@ class Measure:
         """
         if self.has_times(layer):
             return self._measured(layer, np.arange(len(sizes), -1, -1) / len(sizes))
+        if layer.name in self.dense_only and self.kind in ("latency_us", "energy_uj"):
+            return np.full(len(sizes) + 1, self.of_dense(layer))
         return block_costs(
             self.kind,
             self.target,
@@ -98,7 +102,7 @@ class Measure:
             sizes=sizes,
         )
 
-    def of_dense(self, layer: LinearLayer) -> float:
+    def of_dense(self, layer: LinearLayer | LayerPlan) -> float:
         """Return the cost of a layer that loses nothing."""
         if self.has_times(layer):
             return float(self._measured(layer, np.ones(1))[0])
@@ -125,11 +129,12 @@ def measure_of(
     dtypes: Mapping[str, ElementType],
     attention_flops: int,
     timings: CpuTimings | GpuTimings | None = None,
+    dense_only: Collection[str] = (),
 ) -> tuple[Measure, float | None]:
     """Return the measure that the recipe's budget is in, and the budget in its unit.
 
     FLOPs are given as a fraction of the dense ones and come back as they are. Without a budget the measure is FLOPs,
-    but for the zeros that `auto` adds: those are to save time.
+    but for the zeros that `auto` adds: those are to save time. What is named in `dense_only` saves none.
 
     Raises:
         UserError: the target has no figures to estimate from.
@@ -143,7 +148,7 @@ def measure_of(
         block_matmul_energy_uj(target, target.compute_type, recipe.block_shape)  # says at once if there are no figures
     value = None if typed is None else getattr(recipe, typed)
     times = {} if timings is None else timings.layers
-    measure = Measure(kind, target, dtypes, recipe.block_shape, always, times)
+    measure = Measure(kind, target, dtypes, recipe.block_shape, always, times, frozenset(dense_only))
     return measure, None if value is None else value * factor
 
 

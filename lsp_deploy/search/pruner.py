@@ -343,6 +343,7 @@ class NetworkPruner:
             dtypes=dict(task.measure.dtypes),
             shapes={name: list(shape) for name, shape in task.shapes.items()},
             always=task.measure.always,
+            dense_only=sorted(task.measure.dense_only),
             times=task.measure.times_key,
         )
 

@@ -86,7 +86,15 @@ def choose_pruner(
 
     torch.set_num_threads(threads)
     dtypes = {layer.name: _expected_type(layer, prepared, recipe, target, timings) for layer in prepared.layers}
-    measure, budget = measure_of(recipe, target, dtypes, prepared.attention_flops, timings or gpu_timings)
+    convolutions = [layer.name for layer in prepared.layers if layer.node.op_type == "Conv"]
+    measure, budget = measure_of(
+        recipe,
+        target,
+        dtypes,
+        prepared.attention_flops,
+        timings or gpu_timings,
+        dense_only=convolutions if target.kind == "gpu" else (),  # the operator's kernels do none
+    )
     task = PruningTask(
         model=prepared.canonical,
         model_sha256=prepared.sha256,

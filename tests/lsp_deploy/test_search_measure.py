@@ -54,6 +54,16 @@ def test_each_field_has_its_measure_and_its_unit(field: str, value: float, kind:
         assert np.isfinite(costs).all() and (np.diff(costs) <= 1e-9).all() and costs[0] > 0
 
 
+@pytest.mark.parametrize(("field", "saves"), [("max_latency_ms", False), ("max_energy_mj", False), ("flops", True)])
+def test_zeros_of_a_layer_that_runs_dense_save_no_time_but_flops(field: str, saves: bool) -> None:
+    layer = LAYERS[0]
+    recipe = Recipe.model_validate({"target": "a100", "sparsity": "block", field: 0.5})
+    measure, _ = measure_of(recipe, load_target("a100"), {layer.name: "fp16"}, 0, dense_only=[layer.name])
+    costs = measure.of_blocks(layer, block_sizes(layer, measure.block))
+    assert costs[0] == pytest.approx(measure.of_dense(layer))
+    assert (costs[-1] < costs[0]) == saves
+
+
 def test_without_a_budget_flops_are_counted() -> None:
     measure, budget = measured()
     assert (measure.kind, budget) == ("flops", None)
