@@ -59,7 +59,7 @@ def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, 
     if pruning is None:
         few = f"zero blocks within {question.points_of_loss(budget)} are too few to save {worth:.0%} of the time"
         lost = "no mask leaves so little" if math.isinf(losses[0]) else f"{losses[0]:.2f} points are lost"
-        reason = f"{few}{_basis(question)}; {lost} with {left:.0%} of the FLOPs left"
+        reason = f"{few}{_basis(question)}; {lost} with {left:.0%} of the time left"
         return _without_blocks(halved, reason, question, why=""), found
     if blocks_us > wanted_us:
         least = (

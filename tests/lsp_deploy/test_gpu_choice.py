@@ -148,7 +148,7 @@ def test_auto_takes_two_four_where_blocks_lose_too_much(ask: Ask) -> None:
     assert len(pruner_of(question).kept) == 1  # one look was enough
     for layer in inside(plan):
         assert layer.sparsity.reason.startswith("2:4 pays (measured to save 2 µs on a made-up GPU, ")
-        found = "5.00 points are lost with 78% of the FLOPs left"
+        found = "5.00 points are lost with 78% of the time left"
         assert layer.sparsity.reason.endswith(f"too few to save 3% of the time (measured on a made-up GPU); {found}")
         assert linear_time_us(layer) == 8.0
 
