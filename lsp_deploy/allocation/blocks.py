@@ -15,6 +15,7 @@ from lsp_deploy.plan import Plan
 __all__ = ["add_blocks", "blocks_within_loss", "typed_blocks"]
 
 _STEPS = 20  # without a budget, what remains is searched in steps of 5 %
+_GENTLEST = 1 - 1 / _STEPS
 _WORTH = 0.03  # of the linear layers' time: below that, `auto` leaves them dense
 
 
@@ -67,14 +68,15 @@ def blocks_within_loss(
     budget: float,
     asked: str = "block",
     *,
-    first: float = 1 - 1 / _STEPS,
-    losses: list[float] | None = None,
+    first: float = _GENTLEST,
+    losses: dict[float, float] | None = None,
 ) -> tuple[Plan, Pruning | None]:
     """Return the plan with as many blocks removed as lose no more than `budget` points on the held-out images.
 
     No more than --flops needs, where that is given. From few to many: a gradual search goes on from the step before,
-    and a budget of a point is usually met early. `first` is the fraction of the measure that the first step leaves.
-    What each step was found to lose, in points, is added to `losses`.
+    and a budget of a point is usually met early. `first` is the fraction of the measure that is to be left at most.
+    Where that is several steps away, one step is looked at beforehand: what loses too much by then is not gone on with.
+    What was found to be lost, in points, is added to `losses` by the fraction left.
 
     Raises:
         UserError: the model has no class output to measure a loss on, or there is nothing to differentiate with.
@@ -88,27 +90,35 @@ def blocks_within_loss(
 
     least = question.recipe.flops or 0.0
 
-    def trial(steps: int) -> tuple[Plan, Pruning] | None:
+    def found_with(keep: float) -> tuple[Plan, Pruning] | None:
         try:
-            pruning = _with_words(question, pruner.blocks(max(round(first - (steps - 1) / _STEPS, 9), least)))
+            pruning = _with_words(question, pruner.blocks(keep))
         except OutOfReachError:
             return None  # layers that have to stay hold more than that
         pruning.asked = asked
         return renew_grids(question, adopt(plan, pruning)), pruning
 
-    def loss(found: tuple[Plan, Pruning] | None) -> float:
+    def trial(steps: int) -> tuple[float, tuple[Plan, Pruning] | None]:
+        keep = max(round(first - (steps - 1) / _STEPS, 9), least)
+        return keep, found_with(keep)
+
+    def loss(tried: tuple[float, tuple[Plan, Pruning] | None]) -> float:
+        keep, found = tried
         lost = float("inf") if found is None else question.loss_of(found[0])
         if losses is not None:
-            losses.append(lost)
+            losses[keep] = lost
         return lost
 
     # One step more would leave nothing, or less than is wanted.
     most = min(math.ceil(first * _STEPS - 1e-9), 1 + max(0, math.ceil((first - least) * _STEPS - 1e-9)))
+    on_the_way = first < _GENTLEST and question.recipe.search != "one-shot"
+    if on_the_way and loss((_GENTLEST, found_with(_GENTLEST))) > budget:
+        most = 0
     best = climb_within_budget(most, trial, loss, budget)
-    if best is None:
+    if best is None or best[1] is None:
         reason = f"left dense: no ratio of zero blocks fits {question.points_of_loss(budget)}"
         return _dense(question, plan, reason, asked), None
-    return best
+    return best[1]
 
 
 def _why_none(question: Question) -> str | None:

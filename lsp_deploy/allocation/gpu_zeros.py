@@ -1,7 +1,7 @@
 """Zeros that `auto` adds on a GPU: 2:4, or blocks where those make the network faster still.
 
-A search for blocks is long, and on many targets it cannot win. So the first step already asks for as few blocks as
-would beat 2:4; where that loses too much, or no mask can be fast enough, nothing more is tried.
+A search for blocks is long, and on many targets it cannot win. So it asks for as few blocks as would beat 2:4, looks at
+what a step on the way there loses, and where that is too much, or no mask can be fast enough, tries nothing more.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, 
         wanted_us = (1 - worth) * gpu_time_us(question, halved)
         if _least_us(question, trial) > wanted_us:
             return _without_blocks(halved, f"zero blocks cannot save {worth:.0%} of the time", question), found
-        losses: list[float] = []
+        losses: dict[float, float] = {}
         left = wanted_us / dense_us
         blocks, pruning = blocks_within_loss(question, trial, budget, "auto", first=left, losses=losses)
         blocks_us = gpu_time_us(question, blocks)
@@ -58,8 +58,9 @@ def add_gpu_zeros(question: Question, plan: Plan, budget: float) -> tuple[Plan, 
         return _without_blocks(halved, f"blocks were not tried: {error}", question, why=""), found
     if pruning is None:
         few = f"zero blocks within {question.points_of_loss(budget)} are too few to save {worth:.0%} of the time"
-        lost = "no mask leaves so little" if math.isinf(losses[0]) else f"{losses[0]:.2f} points are lost"
-        reason = f"{few}{_basis(question)}; {lost} with {left:.0%} of the time left"
+        keep, points = next(one for one in losses.items() if one[1] > budget)
+        lost = "no mask leaves so little" if math.isinf(points) else f"{points:.2f} points are lost"
+        reason = f"{few}{_basis(question)}; {lost} with {keep:.0%} of the time left"
         return _without_blocks(halved, reason, question, why=""), found
     if blocks_us > wanted_us:
         least = (
