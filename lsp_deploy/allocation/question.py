@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MAX_DROP", "Question", "planned_weight", "renew_grids", "set_weight_scales"]
 
 DEFAULT_MAX_DROP = 1.0
+_FEWEST_HELD_OUT = 20  # with fewer, the expected loss of a point is known to a few points only
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Question:
     """Runs the model with a plan's weights; by the name of the tensor that a layer reads."""
     attention_flops: int
     real_images: bool
+    held_out: int
+    """Images that losses are measured on."""
     recover: bool
     """Whether surviving weights are reconstructed."""
     pruner: Pruner | None
@@ -67,6 +70,11 @@ class Question:
             return "left dense: auto prunes nothing without real images; name some with --calibration-data"
         if self.loss is None:
             return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
+        if self.held_out < _FEWEST_HELD_OUT:
+            return (
+                f"left dense: auto prunes nothing with fewer than {_FEWEST_HELD_OUT} images to measure the loss on, here "
+                f"{self.held_out}; name more with --calibration-data or --eval-data"
+            )
         return f"left dense: {self.why_no_pruner}" if self.pruner is None else None
 
     def points_of_loss(self, budget: float) -> str:

@@ -66,6 +66,7 @@ def make_plan(
             statistics=statistics,
             attention_flops=prepared.attention_flops,
             real_images=data.real,
+            held_out=len(data.held_out),
             recover=choice.recover,
             pruner=choice.pruner,
             why_no_pruner=choice.why_not,

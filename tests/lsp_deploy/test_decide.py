@@ -68,6 +68,7 @@ def ask(prepared: PreparedModel, statistics, tmp_path: Path):
             statistics=lambda plan: statistics,
             attention_flops=prepared.attention_flops,
             real_images=True,
+            held_out=100,
             recover=True,
             pruner=FakePruner(list(prepared.layers), recipe.flops if keep is None else keep) if pruner else None,
             why_no_pruner="install torch",
@@ -125,6 +126,7 @@ def test_auto_stops_where_flops_are_met(ask) -> None:
     ("change", "why"),
     [
         ({"real_images": False}, "real images"),
+        ({"held_out": 19}, "fewer than 20 images"),
         ({"loss": None}, "no class output"),
         ({"pruner": None}, "install torch"),
     ],

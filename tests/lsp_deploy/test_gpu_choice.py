@@ -73,6 +73,7 @@ def ask(prepared: PreparedModel, statistics) -> Ask:
             statistics=lambda plan: statistics,
             attention_flops=prepared.attention_flops,
             real_images=True,
+            held_out=100,
             recover=True,
             pruner=FakePruner(prepared.layers, recipe.flops),
             why_no_pruner="install torch",
