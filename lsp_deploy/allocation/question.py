@@ -72,8 +72,8 @@ class Question:
             return "left dense: the model has no class output, so auto cannot measure what pruning would lose"
         if self.held_out < _FEWEST_HELD_OUT:
             return (
-                f"left dense: auto prunes nothing with fewer than {_FEWEST_HELD_OUT} images to measure the loss on, here "
-                f"{self.held_out}; name more with --calibration-data or --eval-data"
+                f"left dense: auto prunes nothing with fewer than {_FEWEST_HELD_OUT} images to measure the loss on, "
+                f"here {self.held_out}; name more with --calibration-data or --eval-data"
             )
         return f"left dense: {self.why_no_pruner}" if self.pruner is None else None
 
