@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lsp_deploy import console
 from lsp_deploy.bundle.anonymity import PathRemover
-from lsp_deploy.errors import UserError
 from lsp_deploy.files import write_text
 from lsp_deploy.plan import Plan, load_plan
 
@@ -32,8 +32,10 @@ class Records:
 def read_records(folder: Path) -> Records | None:
     """Return the records in an output folder of `compress`, or None where it has no plan.
 
+    A report of another version is left out, and the user told: a device needs the model, not the account of it.
+
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a plan that cannot be read.
     """
     from lsp_deploy.reporting.report import Report
 
@@ -44,9 +46,8 @@ def read_records(folder: Path) -> Records | None:
         try:
             report = Report.model_validate_json(written.read_bytes())
         except ValidationError as error:
-            raise UserError(
-                f"{written} is not a report of this version ({error.error_count()} fields differ); compress again"
-            ) from None
+            wrong = f"{written} is not a report of this version ({error.error_count()} fields differ)"
+            console.warn(f"{wrong}: the bundle is made without it; compress again to have it in")
     command = report.command if report is not None else ""
     folders = (folder.resolve(), Path.cwd(), Path.home(), Path(tempfile.gettempdir()))
     remove = PathRemover(plan.recipe, command, folders)

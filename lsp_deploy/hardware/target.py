@@ -46,6 +46,7 @@ BuilderName = Literal["tensorrt_rtx", "tensorrt", "onnxruntime"]
 _STORED_ONLY = frozenset({"int4"})
 _FOLDER = Path(__file__).parent / "targets"
 _NOT_INHERITED = ("name", "title", "aliases")
+_FILLED_IN = ("model", "engine", "build_flags", "run_flags")
 _TRTEXEC = r"""
 trtexec --onnx={model} --saveEngine={engine} \
     {build_flags}
@@ -171,6 +172,15 @@ class Target(_Strict):
                 raise ValueError(f"a name is made of lower-case letters, digits, '-' and '.'; got {name!r}")
         return value
 
+    @field_validator("device_commands")
+    @classmethod
+    def _fillable(cls, value: str) -> str:
+        for name in re.findall(r"(?<!\$)\{(\w+)\}", value):  # braces may be the shell's own
+            near = difflib.get_close_matches(name, _FILLED_IN, n=1, cutoff=0.7)
+            if near and name not in _FILLED_IN:
+                raise ValueError(f"{{{name}}} is not filled in; did you mean {{{near[0]}}}?")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Target:
         if self.compute_type not in self.types:
@@ -233,9 +243,7 @@ class Target(_Strict):
             build += [f"--{bound}Shapes={_trtexec_shapes(shapes[bound])}" for bound in ("min", "opt", "max")]
             run.append(f"--shapes={_trtexec_shapes(shapes['opt'])}")
         filled = {"model": [model], "engine": [engine], "build_flags": build, "run_flags": run}
-        text = re.sub(
-            r"\{(model|engine|build_flags|run_flags)\}", lambda m: shlex.join(filled[m[1]]), self.device_commands
-        )
+        text = re.sub(rf"\{{({'|'.join(_FILLED_IN)})\}}", lambda m: shlex.join(filled[m[1]]), self.device_commands)
         return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 

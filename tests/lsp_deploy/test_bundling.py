@@ -175,6 +175,16 @@ def test_a_plan_for_another_target_is_said(out, tmp_path, capsys):
     assert "was compressed for agx-orin-64gb" in capsys.readouterr().err
 
 
+def test_a_report_of_another_version_stays_behind_and_is_said(out, tmp_path, capsys):
+    older = tmp_path / "older"
+    shutil.copytree(out, older)
+    (older / "report.json").write_text('{"format": "lsp-deploy.report.v0"}')
+    bundle_model(older, "agx-orin", tmp_path / "b.tar.gz", {})
+    assert "is not a report of this version" in capsys.readouterr().err
+    folder = unpacked(tmp_path / "b.tar.gz", tmp_path / "unpacked")
+    assert (folder / "report" / "plan.json").is_file() and not (folder / "report" / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     ("target", "name", "says"),
     [

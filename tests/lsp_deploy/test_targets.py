@@ -259,6 +259,7 @@ def test_inheritance_through_an_alias_and_a_derived_target(tmp_path):
     ('base = "a100"\n[peak]\nfp17 = { dense = 300 }\n', "peak.fp17: Input should be"),
     ('base = "a100"\nname = "../../etc"\n', "a name is made of lower-case letters"),
     ('base = "a100"\nbuild_on_device = true\ndevice_commands = ""\n', "build_on_device needs device_commands"),
+    ('base = "a100"\ndevice_commands = "x {enginee} ${HOME}"\n', "{enginee} is not filled in; did you mean {engine}?"),
 ])  # fmt: skip
 def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
     message = refused(write(tmp_path, text))
