@@ -52,11 +52,11 @@ def decide_execution(question: Question, plan: Plan, budget: float) -> Plan:
     without = _executed(_retyped(plan, timings, bf16=None), timings, bf16_attention=False)
     fits = "the model has no class output to measure its loss on"
     if question.loss is not None:
-        fits = f"all that is bf16 stays within the loss budget of {budget:g} points"
+        fits = f"all that is bf16 stays within {question.points_of_loss(budget)}"
     taken = _executed(_retyped(plan, timings, bf16=fits), timings, bf16_attention=True)
     if not _uses_bf16(taken) or question.loss is None or question.loss_of(taken) <= budget:
         return taken
-    return _taken_back(without, taken, budget)
+    return _taken_back(without, taken, f"bf16 would exceed {question.points_of_loss(budget)} on held-out images")
 
 
 def expected_type(times: LayerTimes, allowed: list[ElementType]) -> ElementType:
@@ -204,9 +204,8 @@ def _uses_bf16(plan: Plan) -> bool:
     return attention or any(layer.precision.dtype == "bf16" for layer in plan.layers)
 
 
-def _taken_back(without: Plan, taken: Plan, budget: float) -> Plan:
+def _taken_back(without: Plan, taken: Plan, words: str) -> Plan:
     """Return the plan without bf16, each layer that would have had it with the reason."""
-    words = f"bf16 would take the loss on held-out images above {budget:g} points"
     for layer, other in zip(without.layers, taken.layers, strict=True):
         if other.precision.dtype == "bf16" and layer.precision.dtype != "int8":
             layer.precision.reason = f"{layer.precision.dtype}: {words}"

@@ -173,9 +173,9 @@ def test_bf16_is_taken_back_once_where_the_loss_does_not_allow_it(ask: Ask) -> N
     assert kernels(plan) == {("block_sparse", "int8")}, "int8 was within the budget"
     head = plan.layers[-1]
     assert (head.role, head.precision.dtype) == ("head", "fp32")
-    assert head.precision.reason == "fp32: bf16 would take the loss on held-out images above 1 points"
+    assert head.precision.reason == "fp32: bf16 would exceed 1 point of loss on held-out images"
     assert (plan.attention.kernel, plan.attention.compute) == ("lsp", "fp32")
-    assert "above 1 points" in plan.attention.reason
+    assert "would exceed 1 point of loss" in plan.attention.reason
 
 
 def test_what_bf16_loses_counts_when_zeros_are_added(ask: Ask) -> None:
