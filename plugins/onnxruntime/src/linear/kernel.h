@@ -39,7 +39,8 @@ struct Tile {
   const void* w;
   const int32_t* chunks;  // which chunk of K each chunk of the panel multiplies; one more is there to be read
   int32_t chunk_count;
-  int64_t prefetch;      // how far ahead of w, in bytes, weights are fetched into the second-level cache; 0: not
+  const char* wanted;    // weights of the next panel, fetched into the second-level cache on the way:
+  int wanted_lines;      // so many lines of 64 bytes for each chunk
   const int32_t* start;  // integers: what the sums start from
   const float* scale;    // integers only
   const float* bias;

@@ -52,15 +52,15 @@ void multiply_tile(const Tile& tile) {
   }
 
   const char* w = static_cast<const char*>(tile.w);
+  const char* wanted = tile.wanted;
   for (int32_t c = 0; c < tile.chunk_count; ++c) {
     const char* x = static_cast<const char*>(tile.x) + static_cast<size_t>(tile.chunks[c]) * (ROWS * words * 4);
     // Jumps from one surviving chunk to the next are nothing that the CPU foresees.
     const char* next = static_cast<const char*>(tile.x) + static_cast<size_t>(tile.chunks[c + 1]) * (ROWS * words * 4);
     LSP_UNROLL
     for (int line = 0; line < ROWS * words * 4; line += 64) __builtin_prefetch(next + line);
-    if (tile.prefetch != 0) {
-      for (int line = 0; line < words * columns * 4; line += 64) __builtin_prefetch(w + tile.prefetch + line, 0, 2);
-    }
+    for (int line = 0; line < tile.wanted_lines; ++line) __builtin_prefetch(wanted + line * 64, 0, 2);
+    wanted += tile.wanted_lines * 64;
     for (int first = 0; first < words; first += 4) {
       LSP_UNROLL
       for (int k = first; k < first + 4; ++k) {

@@ -113,8 +113,9 @@ struct Call {
     layer.kernel->pack(rows);
   }
 
-  // `row` counts from `first_row`, the first that is packed. After the panel's last tile the next panel is wanted.
-  void multiply(int64_t first_row, int64_t row, int rows, int64_t panel, bool last) const {
+  // `row` counts from `first_row`, the first that is packed. Each of the `tiles` tiles of a panel fetches its part of
+  // the next panel, so that memory has as long for it as the multiplications take.
+  void multiply(int64_t first_row, int64_t row, int rows, int64_t panel, int64_t tile_index, int64_t tiles) const {
     const Panels& panels = layer.panels;
     const int columns = panels.shape.columns;
     const int64_t column = panel * columns;
@@ -125,7 +126,10 @@ struct Call {
     tile.w = panels.words.get() + static_cast<size_t>(first) * panels.chunk_bytes;
     tile.chunks = panels.chunks.data() + first;
     tile.chunk_count = static_cast<int32_t>(panels.first[static_cast<size_t>(panel) + 1] - first);
-    tile.prefetch = last ? tile.chunk_count * static_cast<int64_t>(panels.chunk_bytes) : 0;
+    const int64_t lines = divide_up(static_cast<int64_t>(panels.chunk_bytes) / 64, tiles);
+    tile.wanted = static_cast<const char*>(tile.w) + tile.chunk_count * static_cast<int64_t>(panels.chunk_bytes) +
+                  tile_index * tile.chunk_count * lines * 64;
+    tile.wanted_lines = static_cast<int>(lines);
     tile.start = panels.start.data() + column;
     tile.scale = panels.scale.data() + column;
     tile.bias = panels.bias.data() + column;
@@ -157,7 +161,7 @@ void run_rows(const Call& call, const Plan& plan, const lsp_pool* pool) {
       int64_t row = plan.tiles.begin(first_tile);
       for (int64_t t = first_tile; t < end_tile; ++t) {
         const int64_t next = plan.tiles.begin(t + 1);
-        call.multiply(plan.first_row, row, static_cast<int>(next - row), p, t + 1 == end_tile);
+        call.multiply(plan.first_row, row, static_cast<int>(next - row), p, t - first_tile, end_tile - first_tile);
         row = next;
       }
     }
