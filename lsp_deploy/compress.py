@@ -104,6 +104,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         shapes = prepared.shapes.opt
         applied = apply_plan(prepared.canonical, plan, prepared.original_io, shapes, kind=target.kind)
         compressed, removed = applied.model, applied.structure
+        _remember_preprocessing(compressed, prepared, recipe)
         ValidateTargetPass(target.rules())(compressed)
     with stages.time("write"):
         output.make()
@@ -170,6 +171,15 @@ def _data(prepared: PreparedModel, recipe: Recipe) -> CalibrationData:
     from lsp_deploy.steps.calibration import open_data
 
     return open_data(prepared, recipe)
+
+
+def _remember_preprocessing(compressed: ir.Model, prepared: PreparedModel, recipe: Recipe) -> None:
+    """Write what --preprocess said into the model, so that whoever measures it later prepares images the same way."""
+    from lsp_deploy.data import METADATA_KEY, image_size, load_preprocess
+
+    if recipe.preprocess is not None:
+        settings, _ = load_preprocess(recipe.preprocess, {}, image_size(prepared.shapes.opt))
+        compressed.metadata_props[METADATA_KEY] = settings.model_dump_json(exclude_none=True)
 
 
 def _evaluator(prepared: PreparedModel, data: CalibrationData, options: RunOptions) -> Evaluator:

@@ -10,8 +10,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from PIL import Image
 
+from lsp_deploy.data import load_preprocess
 from lsp_deploy.files import sha256_of
+from lsp_deploy.model import load_model
 from lsp_deploy.plan import load_plan
 from lsp_deploy.plugins.block_sparse.operator import from_node
 
@@ -54,6 +57,20 @@ def test_int8_weights_keep_the_zeros_of_the_mask(run, demo: Path) -> None:
     assert len(integers) == sum(3 if layer.role == "qkv" else 1 for layer in quantized)
     by_shape = sorted((w.shape, int((w != 0).sum())) for w in integers)
     assert all(nonzero <= shape[0] * shape[1] // 2 for shape, nonzero in by_shape)
+
+
+def test_preprocessing_that_was_typed_stays_with_the_model(run, bare: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(5):
+        Image.new("L", (8, 8), 40 * number).save(images / f"{number}.png")
+    asked = ("--sparsity", "none", "--precision", "fp16", "--calibration-data", images, "--preprocess", "none")
+    assert run("compress", bare.name, "--target", "a100", "--no-build", *asked).code == 0
+    written = load_model(bare.parent / f"{bare.stem}-a100" / "model.onnx")
+    assert load_preprocess(None, written.metadata_props, (8, 8)) == (
+        load_preprocess("none", {}, (8, 8))[0],
+        "model metadata",
+    )
 
 
 def test_inputs_and_outputs_keep_names_order_shapes_and_types(run, demo: Path) -> None:
