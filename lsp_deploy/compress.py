@@ -70,6 +70,7 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
     Raises:
         UserError: input that cannot be worked with; nothing is left half-written.
     """
+    from lsp_deploy.data import METADATA_KEY
     from lsp_deploy.hardware.target import load_target
     from lsp_deploy.model import save_model
     from lsp_deploy.passes.validate_target import ValidateTargetPass
@@ -104,7 +105,8 @@ def compress(model: Path, recipe: Recipe, options: RunOptions) -> Outcome:
         shapes = prepared.shapes.opt
         applied = apply_plan(prepared.canonical, plan, prepared.original_io, shapes, kind=target.kind)
         compressed, removed = applied.model, applied.structure
-        _remember_preprocessing(compressed, prepared, recipe)
+        if plan.preprocess is not None:  # whoever measures the model later prepares images the same way
+            compressed.metadata_props[METADATA_KEY] = plan.preprocess.model_dump_json()
         ValidateTargetPass(target.rules())(compressed)
     with stages.time("write"):
         output.make()
@@ -173,15 +175,6 @@ def _data(prepared: PreparedModel, recipe: Recipe) -> CalibrationData:
     return open_data(prepared, recipe)
 
 
-def _remember_preprocessing(compressed: ir.Model, prepared: PreparedModel, recipe: Recipe) -> None:
-    """Write what --preprocess said into the model, so that whoever measures it later prepares images the same way."""
-    from lsp_deploy.data import METADATA_KEY, image_size, load_preprocess
-
-    if recipe.preprocess is not None:
-        settings, _ = load_preprocess(recipe.preprocess, {}, image_size(prepared.shapes.opt))
-        compressed.metadata_props[METADATA_KEY] = settings.model_dump_json(exclude_none=True)
-
-
 def _evaluator(prepared: PreparedModel, data: CalibrationData, options: RunOptions) -> Evaluator:
     from lsp_deploy.steps.evaluation import Evaluator
     from lsp_deploy.steps.planning import batch_size
@@ -199,12 +192,16 @@ def _plan(
     options: RunOptions,
     decided: Plan | None,
 ) -> tuple[Plan, Pruning | None]:
+    from lsp_deploy.data import image_size, load_preprocess
     from lsp_deploy.steps.planning import make_plan
     from lsp_deploy.steps.replaying import replay_plan
 
     if decided is not None and options.plan is not None:
         return replay_plan(decided, prepared, target, options.plan), None
-    return make_plan(prepared, data, evaluator, recipe, target, options.threads, options.plugins)
+    plan, pruning = make_plan(prepared, data, evaluator, recipe, target, options.threads, options.plugins)
+    if recipe.preprocess is not None:
+        plan.preprocess, _ = load_preprocess(recipe.preprocess, {}, image_size(prepared.shapes.opt))
+    return plan, pruning
 
 
 def _with_attention_weights(compressed: ir.Model, prepared: PreparedModel, plan: Plan, target: Target) -> ir.Model:

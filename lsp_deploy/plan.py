@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from lsp_deploy.data.preprocess import Preprocess
 from lsp_deploy.errors import UserError
 from lsp_deploy.files import atomic_path, sha256_of, write_text
 
@@ -144,6 +145,7 @@ class Plan(_Strict):
     io_types: Literal["keep", "target"] = "keep"
     block_shape: tuple[int, int] | None = Field(None, description="block_k × block_n, where pattern is block")
     recipe: dict[str, Any] = Field(default_factory=dict, description="the recipe as replayed by --recipe")
+    preprocess: Preprocess | None = Field(None, description="what --preprocess said: it goes into the model's metadata")
     layers: list[LayerPlan]
     attention: AttentionDecision = Field(default_factory=AttentionDecision)
     tensors_sha256: str | None = Field(None, description="of plan.safetensors")

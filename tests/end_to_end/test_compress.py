@@ -66,11 +66,15 @@ def test_preprocessing_that_was_typed_stays_with_the_model(run, bare: Path, tmp_
         Image.new("L", (8, 8), 40 * number).save(images / f"{number}.png")
     asked = ("--sparsity", "none", "--precision", "fp16", "--calibration-data", images, "--preprocess", "none")
     assert run("compress", bare.name, "--target", "a100", "--no-build", *asked).code == 0
-    written = load_model(bare.parent / f"{bare.stem}-a100" / "model.onnx")
+    out = bare.parent / f"{bare.stem}-a100"
+    written = load_model(out / "model.onnx")
     assert load_preprocess(None, written.metadata_props, (8, 8)) == (
         load_preprocess("none", {}, (8, 8))[0],
         "model metadata",
     )
+    replayed = ("--plan", out / "plan.json", "-o", tmp_path / "again")
+    assert run("compress", bare.name, "--target", "a100", "--no-build", *replayed).code == 0
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (out / "model.onnx").read_bytes()
 
 
 def test_inputs_and_outputs_keep_names_order_shapes_and_types(run, demo: Path) -> None:
