@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -170,13 +170,12 @@ class OnnxRuntimeEngine:
         if _weight_bytes(model) <= _IN_MEMORY_BYTES:
             return cls(model_bytes(model), label, threads=threads, optimize=optimize, echoes=echoes, info=info)
         folder = tempfile.TemporaryDirectory(prefix="lsp-deploy-")
-        try:
+        with ExitStack() as if_it_fails:
+            if_it_fails.callback(folder.cleanup)
             path = Path(folder.name) / "model.onnx"
             save_model(model, path)
             engine = cls(path, label, threads=threads, optimize=optimize, echoes=echoes, info=info)
-        except BaseException:
-            folder.cleanup()
-            raise
+            if_it_fails.pop_all()
         # The session maps its weights from the file, which therefore lives as long as the session.
         engine._folder = folder
         return engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from lsp_deploy.passes.known_sizes import is_same_size
 from lsp_deploy.passes.layer_weights import add_initializer
 
 __all__ = ["FoldConstantsPass"]
+
+_logger = logging.getLogger(__name__)
 
 # Folding a node that makes a tensor larger than its inputs would grow the file: only up to this size.
 _MAX_GROWTH_BYTES = 1 << 20
@@ -94,8 +97,11 @@ def _computed_result(node: ir.Node, opset: int | None) -> list[NDArray[Any]] | N
         # Infinities in masks are meant.
         with np.errstate(all="ignore"):
             results = operator.eval(*operands, n_outputs=len(node.outputs), **attributes)
-    except (ArithmeticError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (
+        ArithmeticError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         # The reference implementation does not cover every form of every operator: such a node stays.
+        _logger.debug("%s %s is not folded: %r", node.op_type, node.name, error)
         return None
     results = results if isinstance(results, (list, tuple)) else (results,)
     arrays = [np.asarray(result) for result in results]
